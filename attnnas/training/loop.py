@@ -22,7 +22,7 @@ from torch import nn
 from ..core import check, generator, option
 from ..data.clips import to_float
 from .checkpoint import load_checkpoint, save_checkpoint
-from .evaluation import evaluate
+from .evaluation import Diverged, evaluate
 
 # %% ../../nbs/32_training.loop.ipynb #d2b200a9
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig, own_rates=()) -> to
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, video, labels, factor: float, clip_norm: float) -> torch.Tensor:
     "One update at `factor` times the peak rates. Returns (sum of losses, hits, clips), where the model lives."
     for group in optimizer.param_groups: group["lr"] = group["peak"] * factor
-    scores = model(to_float(video).contiguous(memory_format=torch.channels_last_3d))
+    scores = model(to_float(video))
     loss = F.cross_entropy(scores, labels)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -121,7 +121,7 @@ class Trainer:
     def __init__(self, model: nn.Module, clips, config: TrainingConfig = TrainingConfig(), *, seed: int = 0,
                  device="cpu", validation=None, checkpoint=None, checkpoint_seconds: float = 30, own_rates=(),
                  observe: Callable | None = None, progress: Callable | None = None):
-        self.model = model.to(device, memory_format=torch.channels_last_3d)
+        self.model = model.to(device)
         self.clips, self.config, self.seed, self.device = clips, config, seed, device
         self.validation, self.observe, self.progress = validation, observe, progress
         self.checkpoint, self.checkpoint_seconds = checkpoint and Path(checkpoint), checkpoint_seconds
@@ -143,12 +143,13 @@ class Trainer:
             while self.step < self.steps and not self.diverged:
                 epoch, position = divmod(self.step, self.steps_per_epoch)
                 order = epoch_order(len(self.clips), self.seed, epoch)
-                self._train(order.split(self.config.batch_size)[position])
+                self.train_batch(order.split(self.config.batch_size)[position])
                 if position + 1 == self.steps_per_epoch: self._end_epoch()
                 self._keep(ended=position + 1 == self.steps_per_epoch, asked=stop.asked)
         return self.history
 
-    def _train(self, indices):
+    def train_batch(self, indices):
+        "One step on the clips at `indices` (B,)."
         self.model.train()
         video, labels = self.clips.batch(indices).to(self.device), self.clips.labels[indices].to(self.device)
         factor = rate(self.step, self.steps, self.config.warmup)
@@ -165,8 +166,9 @@ class Trainer:
         if not math.isfinite(metrics["loss"]): metrics["loss"] = None
         if self.observe: metrics |= self.observe(self.model)
         if self.validation is not None and not self.diverged:
-            found = evaluate(self.model, self.validation, self.config.batch_size, self.device)
-            metrics["validation"] = {name: found[name] for name in ("loss", "top1", "top5", "count")}
+            try: found = evaluate(self.model, self.validation, self.config.batch_size, self.device)
+            except Diverged as error: self.diverged = f"{error} after epoch {len(self.history)}"
+            else: metrics["validation"] = {name: found[name] for name in ("loss", "top1", "top5", "count")}
         self.history.append(metrics)
 
     def _keep(self, ended: bool, asked: bool):
@@ -190,10 +192,6 @@ class Trainer:
         "Go to where `state` was taken."
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for parameter, values in self.optimizer.state.items():
-            for name, value in values.items():  # a checkpoint is contiguous; the bits of an update may depend on the layout
-                if torch.is_tensor(value) and value.shape == parameter.shape:
-                    values[name] = torch.empty_like(parameter).copy_(value)
         for name, value in state["position"].items(): setattr(self, name, value)
         self.totals.copy_(state["totals"])
         torch.set_rng_state(state["random"]["cpu"])
