@@ -1,0 +1,166 @@
+"""Evidence: a record is a function of its configuration, tables are functions of records, nothing finished is lost."""
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from attnnas.core import AttnnasError
+from attnnas.experiments import store as store_module
+from attnnas.experiments.config import DataConfig, ModelConfig, RunConfig, load_tier, tiers
+from attnnas.experiments.executor import execute, with_sources
+from attnnas.experiments.plans import planned, table_1_nonlocal
+from attnnas.experiments.run import key_of, load_model, open_data, run
+from attnnas.experiments.store import RunRecord, Store
+from attnnas.experiments.tables import Row, check_comparable, comparison, published
+from attnnas.training.evaluation import evaluate
+from attnnas.training.loop import TrainingConfig
+
+ROOT = Path(__file__).parent.parent
+DATA = DataConfig(frames=4, size=16, train_clips=16, validation_clips=8, test_clips=12)
+TRAINING = TrainingConfig(epochs=1, batch_size=8)
+
+
+def config(attention="none", **changes) -> RunConfig:
+    return RunConfig(data=DATA, model=ModelConfig(attention=attention), training=TRAINING, **changes)
+
+
+def test_the_same_configuration_gives_the_same_record_in_another_store(tmp_path):
+    "Everything but seconds, memory and the date is a function of the configuration."
+    first, second = (run(config("random", seed=3), Store(tmp_path / name), "cpu") for name in "ab")
+    varying = dict(seconds=None, peak_memory=None, finished=None)
+    assert dataclasses.replace(first, **varying) == dataclasses.replace(second, **varying)
+
+
+def test_finished_runs_are_reused_and_their_weights_are_those_that_were_tested(tmp_path):
+    store = Store(tmp_path)
+    record = run(config("non-local"), store, "cpu")
+    changed = store.path(record.key).stat().st_mtime_ns
+    assert run(config("non-local"), store, "cpu") == record and store.path(record.key).stat().st_mtime_ns == changed
+    assert evaluate(load_model(record, store), open_data(DATA)["test"], TRAINING.batch_size) == record.test
+    assert not store.path(record.key, "checkpoint.safetensors").exists()
+
+
+def test_changed_configuration_data_or_source_is_another_run(monkeypatch):
+    keys = {key_of(config()), key_of(config(seed=1)), key_of(config("non-local")),
+            key_of(dataclasses.replace(config(), data=dataclasses.replace(DATA, data="B"))),
+            key_of(dataclasses.replace(config(), training=TrainingConfig(epochs=2, batch_size=8)))}
+    monkeypatch.setattr(store_module, "numbers_hash", lambda: "other source")
+    assert len(keys | {key_of(config())}) == 6
+
+
+def test_an_edited_truncated_or_foreign_record_is_refused(tmp_path):
+    store = Store(tmp_path)
+    record = run(config(), store, "cpu")
+    path = store.path(record.key)
+    text = path.read_text()
+    for wrong, message in ((text.replace('"seed": 0', '"seed": 1'), "edited"), (text[:100], "not JSON"),
+                           (text.replace('"schema_version": 1', '"schema_version": 9'), "version 9"),
+                           (text.replace('"status"', '"state"'), "Unknown field")):
+        path.write_text(wrong)
+        with pytest.raises(AttnnasError, match=message): store.get(record.key)
+
+
+def test_sources_run_first_and_once():
+    search = config("supergraph")
+    runs = [dataclasses.replace(config("derived", source=search), seed=seed) for seed in range(3)]
+    ordered = list(with_sources([config(), *runs]).values())
+    assert ordered[0] == search and ordered.count(search) == 1 and len(ordered) == 5
+
+
+def test_a_wrong_configuration_ends_before_any_run(tmp_path):
+    broken = dataclasses.replace(config(), model=ModelConfig(attention="non-local", sites=("Mixed_4x",)))
+    with pytest.raises(AttnnasError, match="Mixed_4x"): execute([config(), broken], Store(tmp_path), 1, "cpu", False)
+    assert not Store(tmp_path).records()
+
+
+def test_one_failing_run_does_not_stop_the_others(tmp_path):
+    "A damaged checkpoint fails its run by name; the other record is there, and a repaired one is made."
+    store = Store(tmp_path)
+    broken = store.path(key_of(config(seed=1)), "checkpoint.safetensors")
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"damaged")
+    with pytest.raises(AttnnasError, match="1 of 2 runs failed.*seed 1.*checkpoint.*kept"):
+        execute([config(seed=1), config()], store, 1, "cpu", False)
+    assert store.get(key_of(config())).status == "finished"
+    broken.unlink()
+    assert execute([config(seed=1)], store, 1, "cpu", False)[0].status == "finished"
+
+
+def test_a_diverged_run_is_recorded_and_shown_as_such(tmp_path):
+    wild = dataclasses.replace(config(), training=TrainingConfig(epochs=3, batch_size=8, optimizer="sgd", learning_rate=1e8, clip_norm=1e9))
+    record = run(wild, Store(tmp_path), "cpu")
+    assert record.status == "diverged" and record.test is None and "epoch" in record.reason
+    frame = comparison([Row("A", "i3d_small", "backbone", (record,))], published(ROOT / "results/reference", "table_1_nonlocal"))
+    assert frame.loc[0, "note"] == "1 of 1 diverged" and frame.loc[0, "seeds"] == 0 and frame["top1"].isna().all()
+
+
+KILLED = """
+import sys
+from attnnas.experiments.executor import execute
+from attnnas.experiments.plans import planned
+from attnnas.experiments.config import load_tier
+from attnnas.experiments.store import Store
+if __name__ == "__main__":
+    records = execute(planned(load_tier("smoke"), ["figure_attention_maps"]), Store(sys.argv[1]), 1, "cpu", False)
+    print(*[(r.key, r.test) for r in records])
+"""
+
+
+def test_a_killed_batch_continues_and_ends_with_the_same_records(tmp_path):
+    "The whole process group of a batch is killed with SIGKILL half way; the rerun equals an undisturbed one."
+    script = tmp_path / "batch.py"
+    script.write_text(KILLED)
+
+    def start(folder):
+        return subprocess.Popen([sys.executable, script, tmp_path / folder], stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+    process = start("killed")
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("killed/runs/*/checkpoint.safetensors")) and time.monotonic() < deadline: time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list(tmp_path.glob("killed/runs/*/checkpoint.safetensors")), "the batch was killed under way"
+    resumed, whole = (start(folder).communicate(timeout=120)[0] for folder in ("killed", "whole"))
+    assert resumed == whole and "top1" in whole
+
+
+def test_tables_of_unequal_rows_are_refused(tmp_path):
+    store = Store(tmp_path)
+    records = [run(config(seed=seed), store, "cpu") for seed in (0, 1)]
+    longer = run(dataclasses.replace(config(), training=TrainingConfig(epochs=2, batch_size=8)), store, "cpu")
+    plain = Row("A", "i3d_small", "backbone", (records[0],))
+    for other, message in ((longer, "training recipe"), (records[1], "seeds"),
+                           (dataclasses.replace(records[0], source="0"), "package source")):
+        with pytest.raises(AttnnasError, match=message): check_comparable([plain, Row("A", "i3d_small", "non-local", (other,))])
+    check_comparable([plain, plain])
+
+
+@pytest.mark.parametrize("name", tiers())
+def test_every_tier_is_legal_and_plans_runs(name):
+    assert planned(load_tier(name))
+
+
+def test_wrong_tiers_are_named(tmp_path):
+    path = tmp_path / "mine.toml"
+    for text, message in (("[datas]\n", "Unknown section"), ("[data\n", "not TOML"), ("[data]\nframe = 3\n[templates.figure_cells]\n"
+                          'data = "A"\nbackbone = "i3d_small"\nsearch_seed = 0\n', "Unknown field.*frames")):
+        path.write_text(text)
+        with pytest.raises(AttnnasError, match=message): planned(load_tier(str(path)))
+    with pytest.raises(AttnnasError, match="Could not read"): load_tier(str(tmp_path / "none.toml"))
+
+
+def test_committed_tables_are_rebuilt_from_the_committed_records_to_the_byte(tmp_path):
+    "results/quick/table_1_nonlocal.csv holds nothing that is not in results/runs."
+    tier = load_tier("quick")
+    plan = table_1_nonlocal(tier)
+    records = iter(execute([c for runs in plan.values() for c in runs], Store(ROOT / "results"), rebuild=True))
+    rows = [Row(*name, tuple(next(records) for _ in runs)) for name, runs in plan.items()]
+    check_comparable(rows)
+    from attnnas.experiments.tables import write_table
+    path = write_table(tmp_path, "table", comparison(rows, published(ROOT / "results/reference", "table_1_nonlocal")), "")[0]
+    assert path.read_bytes() == (ROOT / "results/quick/table_1_nonlocal.csv").read_bytes()
