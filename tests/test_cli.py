@@ -1,0 +1,121 @@
+"""The command line: each bad input is one clear line and a non-zero exit code, and nothing finished is lost."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attnnas import cli
+from attnnas.space import CellSpec
+
+TINY = ["--frames", "4", "--size", "16", "--train-clips", "16", "--validation-clips", "8", "--test-clips", "12", "--epochs", "1",
+        "--batch-size", "8", "--levels", "1", "--width", "4", "--device", "cpu"]
+
+
+def attnnas(capsys, *arguments):
+    "(exit code, output, error lines) of a call in this process."
+    code = cli.main([str(a) for a in arguments])
+    found = capsys.readouterr()
+    return code, found.out, found.err
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "A search, its genotype file and a training of it, made through the command line."
+    folder = tmp_path_factory.mktemp("cli")
+    for arguments in (["search", "--output", folder / "cell.json"], ["train", "--cell", folder / "cell.json"]):
+        assert cli.main([str(a) for a in [*arguments, "--results", folder, *TINY]]) == 0
+    return folder
+
+
+def test_search_writes_a_genotype_that_train_inserts(made, capsys):
+    cell = CellSpec.load(made / "cell.json")
+    code, out, _ = attnnas(capsys, "train", "--cell", made / "cell.json", "--results", made, *TINY)
+    assert code == 0 and "Reused run" in out and "Test accuracy" in out
+    code, out, _ = attnnas(capsys, "list", "runs", "--results", made)
+    assert len(out.splitlines()) == 2 and "supergraph" in out and " cell " in out
+    key = next(line.split()[0] for line in out.splitlines() if " cell " in line)
+    code, out, _ = attnnas(capsys, "show", key[:8], "--results", made, "--picture", made / "cell.png")
+    assert code == 0 and cell.hash in out and "top-1" in out and (made / "cell.png").stat().st_size > 5000
+
+
+def test_show_a_genotype_file(made, capsys):
+    code, out, _ = attnnas(capsys, "show", made / "cell.json")
+    assert code == 0 and CellSpec.load(made / "cell.json").hash in out
+
+
+def test_lists(capsys):
+    for what, some, count in (("models", "i3d_small", None), ("operations", "temporal dot-product relu", 24),
+                              ("templates", "table_1_nonlocal", None), ("tiers", "smoke", None)):
+        code, out, _ = attnnas(capsys, "list", what)
+        assert code == 0 and some in out and (count is None or len(out.splitlines()) == count)
+
+
+def test_doctor_names_devices_packages_and_what_tiers_lack(capsys, tmp_path):
+    code, out, _ = attnnas(capsys, "doctor", "--results", tmp_path)
+    assert code == 0 and "torch" in out and "cpu" in out and "quick tier" in out and "GiB free" in out
+
+
+def test_help_shows_every_field_with_its_documentation(capsys):
+    with pytest.raises(SystemExit) as stop: cli.main(["train", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for text in ("--train-clips", "training clips of the embedded benchmark", "--connection-learning-rate", "--weight-decay", "--alpha"): assert text in out
+
+
+BAD = [(["train", "--data", "nowhere"], "nowhere"), (["train", "--data", "EMPTY"], "EMPTY"),
+       (["train", "--backbone", "i3d_smal"], "Did you mean 'i3d_small'"), (["train", "--attention", "non-local", "--sites", "Mixed_4x"], "Mixed_4"),
+       (["train", "--tier", "quik"], "Did you mean 'quick'"), (["train", "--cell", "FIELD"], "activaton"), (["train", "--cell", "VERSION"], "version"),
+       (["train", "--cell", "TEXT"], "not JSON"), (["train", "--cell", "none.json"], "none.json"), (["train", "--epochs", "0"], "epochs = 0"),
+       (["train", "--device", "cuda:99"], "cuda:99"), (["train", "--device", "tpu"], "tpu"), (["search", "--levels", "0"], "levels = 0"),
+       (["reproduce", "--tier", "ful1"], "ful1"), (["reproduce", "--template", "table_9"], "table_9"), (["show", "0000"], "0 runs"),
+       (["train", "--attention", "cell"], "a cell is given exactly where")]
+
+
+@pytest.mark.parametrize("arguments, message", BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_is_one_line_and_a_nonzero_exit(arguments, message, capsys, tmp_path, made):
+    values = json.loads((made / "cell.json").read_text())
+    operation = {("activaton" if k == "activation" else k): v for k, v in values["operations"][0].items()}
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "FIELD").write_text(json.dumps(values | {"operations": [operation, *values["operations"][1:]]}))
+    (tmp_path / "VERSION").write_text(json.dumps(values | {"schema_version": 99}))
+    (tmp_path / "TEXT").write_text("a cell")
+    arguments = [str(tmp_path / a) if (tmp_path / a).exists() else a for a in arguments]
+    sized = TINY if arguments[0] in ("train", "search") else []
+    code, _, err = attnnas(capsys, *arguments[:1], "--results", tmp_path / "results", *sized, *arguments[1:])
+    assert code == 2 and message in err
+    assert len([line for line in err.splitlines() if line.startswith("attnnas")]) == 1 and "Traceback" not in err
+
+
+def test_a_results_folder_that_cannot_be_written_is_named(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = attnnas(capsys, "train", "--results", tmp_path / "file", *TINY)
+    assert code == 2 and "Could not write" in err and str(tmp_path / "file") in err
+
+
+FULL_DISK = """
+import errno, os, sys
+import attnnas.core
+from attnnas.experiments.run import run
+from attnnas.experiments.store import Store
+from attnnas.experiments.config import RunConfig, DataConfig
+from attnnas.training.loop import TrainingConfig
+def full(handle): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+config = RunConfig(data=DataConfig(frames=4, size=16, train_clips=16, validation_clips=8, test_clips=12), training=TrainingConfig(epochs=1, batch_size=8))
+os.fsync = full
+run(config, Store(sys.argv[1]), "cpu")
+"""
+
+
+def test_a_full_disk_is_named_and_finished_runs_stay(made, tmp_path):
+    before = {path: path.read_bytes() for path in made.glob("runs/*/record.json")}
+    found = subprocess.run([sys.executable, "-c", FULL_DISK, str(made)], capture_output=True, text=True)
+    assert found.returncode and "No space left on device" in found.stderr and "Free some space" in found.stderr
+    assert before == {path: path.read_bytes() for path in made.glob("runs/*/record.json")} and len(before) == 2
+    assert not list(made.rglob("*.tmp"))
+
+
+def test_the_console_script_is_installed():
+    found = subprocess.run([Path(sys.executable).with_name("attnnas"), "--version"], capture_output=True, text=True)
+    assert found.returncode == 0 and found.stdout.strip()
