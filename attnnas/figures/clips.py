@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..core import AttnnasError
 
 # %% ../../nbs/60_figures.clips.ipynb #e017ec45
-COLOURS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito: distinct for colour-blind readers too
+COLOURS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito: for colour-blind readers too
 
 
 def _sheet(frames, between: int = 0):
@@ -36,12 +36,15 @@ def strip(video, names=None, events=None, masks=None, every: int = 1, width: flo
     """
     import matplotlib.pyplot as plt
     if video.ndim == 4: video, events, masks = (None if x is None else x[None] for x in (video, events, masks))
-    if video.ndim != 5 or video.shape[1] != 3: raise AttnnasError(f"video has shape {tuple(video.shape)}; expected (N, 3, T, H, W).")
+    if video.ndim != 5 or video.shape[1] != 3:
+        raise AttnnasError(f"video has shape {tuple(video.shape)}; expected (N, 3, T, H, W).")
     for name, rows in dict(names=names, events=events, masks=masks).items():
-        if rows is not None and len(rows) != len(video): raise AttnnasError(f"{len(rows)} {name} for {len(video)} clips.")
+        if rows is not None and len(rows) != len(video):
+            raise AttnnasError(f"{len(rows)} {name} for {len(video)} clips.")
     count, _, frames, high, wide = video.shape
     shown = -(-frames // every)
-    figure, axes = plt.subplots(count, 1, figsize=(width, count * (width * high / (shown * (wide + 1)) + .12) + .1), squeeze=False)
+    row = width * high / (shown * (wide + 1)) + .12
+    figure, axes = plt.subplots(count, 1, figsize=(width, count * row + .1), squeeze=False)
     for n, ax in enumerate(axes[:, 0]):
         ax.imshow(_sheet(video[n, :, ::every], 255).permute(1, 2, 0).numpy(), interpolation="nearest")
         for k, mask in enumerate(() if masks is None else masks[n]):
