@@ -14,7 +14,7 @@ from .space import CellSpec
 
 # %% ../nbs/13_cell.ipynb #c4c01533
 def standardise(width: int, wanted: bool = True, **factory) -> nn.Module:
-    "Batch norm without scale or shift, so that every feature has mean 0 and variance 1; nothing if not `wanted`. [choice]"
+    "Batch norm without scale or shift: features of mean 0 and variance 1. Nothing if not `wanted`. [choice]"
     return nn.BatchNorm3d(width, affine=False, **factory) if wanted else nn.Identity()
 
 
@@ -62,7 +62,7 @@ class AttentionCell(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_features(x, self.channels)
         f = [self.norms[0](self.stem(x))]
-        for operation, norm, weights, inputs in zip(self.operations, self.norms[1:], self.input_weights, self.spec.inputs):
+        for inputs, weights, operation, norm in zip(self.spec.inputs, self.input_weights, self.operations, self.norms[1:]):
             f.append(norm(operation(weighted_sum([f[i] for i in inputs], weights))))
         return x + self.zero_norm(self.combine(concatenate([f[k] for k in self.spec.outputs])))
 

@@ -30,7 +30,7 @@ from .space import CellSpec
 # %% ../nbs/70_cli.ipynb #c9df5b26
 PARTS = {"data": DataConfig, "model": ModelConfig, "training": TrainingConfig, "search": SearchConfig}
 
-
+# %% ../nbs/70_cli.ipynb #ad83e66a
 def _add_fields(parser, cls):
     group = parser.add_argument_group(cls.__name__, cls.__doc__)
     for field in dataclasses.fields(cls):
@@ -39,7 +39,7 @@ def _add_fields(parser, cls):
         group.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name, default=argparse.SUPPRESS,
                            choices=field.metadata["choices"] or None, help=field.metadata["help"].replace("%", "%%"), **options)
 
-
+# %% ../nbs/70_cli.ipynb #671bc554
 def run_from_options(args) -> RunConfig:
     "The configuration of `args`: the tier's, with every option that was given on top."
     given, tier = vars(args), load_tier(args.tier)
@@ -67,7 +67,7 @@ def _reproduce(args):
         if path.suffix == ".md": print("\n" + path.read_text())
     print("Written:", *paths, sep="\n  ")
 
-
+# %% ../nbs/70_cli.ipynb #956506c6
 def _make(args):
     config, store = run_from_options(args), Store(args.results)
     reused = store.get(key_of(config)) is not None
@@ -75,7 +75,7 @@ def _make(args):
     print(f"{'Reused' if reused else 'Made'} run {record.key} ({record.run.label}): {store.path(record.key)}")
     return record
 
-
+# %% ../nbs/70_cli.ipynb #7803173f
 def _train(args):
     record = _make(args)
     if record.status != "finished": raise AttnnasError(f"The run diverged: {record.reason}. Lower --learning-rate.")
@@ -83,7 +83,7 @@ def _train(args):
     print(f"Test accuracy {record.test['top1']:.1f} % (top-5 {record.test['top5']:.1f}{kinds}) on {record.test['count']} clips; "
           f"{record.parameters:,} parameters, {record.gflops:.4g} GFLOPs, {record.seconds['wall']:.0f} s.")
 
-
+# %% ../nbs/70_cli.ipynb #b17a60f6
 def _search(args):
     record = _make(args)
     if record.status != "finished": raise AttnnasError(f"The search diverged: {record.reason}. Lower --learning-rate.")
@@ -93,7 +93,7 @@ def _search(args):
     derivation.cell.save(args.output)
     print(f"Cell {derivation.cell.hash}: {derivation.cell}\nWritten: {args.output} (train it with: attnnas train --cell {args.output})")
 
-
+# %% ../nbs/70_cli.ipynb #c83e7f58
 def _list(args):
     if args.what == "models": lines = list_models()
     elif args.what == "operations": lines = [f"{d} {t} {a}" for d in DIMENSIONS for t in TYPES for a in ACTIVATIONS]
@@ -141,7 +141,7 @@ def _packages() -> dict:
     extras.pop("all", None)
     return extras
 
-
+# %% ../nbs/70_cli.ipynb #2aa41274
 def _missing(tier: str, packages: dict) -> list:
     lacking = [f"{name} (pip install 'attnnas[notebooks]')" for name, version in packages.get("notebooks", {}).items() if version is None]
     try: project_folder()
@@ -151,7 +151,7 @@ def _missing(tier: str, packages: dict) -> list:
     if data and not torch.cuda.is_available(): lacking.append("a CUDA device")
     return lacking
 
-
+# %% ../nbs/70_cli.ipynb #616a23d0
 def _doctor(args):
     packages = _packages()
     print(f"attnnas {importlib.metadata.version('attnnas') if packages else '(not installed as a package)'}, Python {sys.version.split()[0]}, torch {torch.__version__}")
@@ -196,12 +196,12 @@ def parser() -> argparse.ArgumentParser:
     command("doctor", _doctor, "Say what is installed, which devices there are, and what each tier lacks.")
     return top
 
-
+# %% ../nbs/70_cli.ipynb #b9485a97
 def _execution(sub, workers: bool = False):
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     if workers: sub.add_argument("--workers", type=int, default=0, help="parallel processes; 0: one a core, two on a GPU (default: %(default)s)")
 
-
+# %% ../nbs/70_cli.ipynb #20c319aa
 def main(argv=None) -> int:
     "Run the command line; returns the exit code: 0, 2 for bad input, 130 when stopped."
     args = parser().parse_args(argv)

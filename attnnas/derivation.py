@@ -110,13 +110,15 @@ def carry_over(supergraph: Supergraph, derivation: Derivation) -> AttentionCell:
     """
     spec, n, blocks = derivation.cell, len(supergraph.nodes), supergraph.combine.weight
     cell = AttentionCell(supergraph.channels, spec, supergraph.normalise, blocks.device, blocks.dtype)
-    pairs = [(cell.stem, supergraph.stem), (cell.norms[0], supergraph.norms[0]), (cell.zero_norm, supergraph.zero_norm)]
+    same = [(cell.stem, supergraph.stem), (cell.norms[0], supergraph.norms[0]), (cell.zero_norm, supergraph.zero_norm)]
     level, sink = supergraph.connections.level_weights(), supergraph.connections.sink_weights()
     for k, (i, j) in enumerate(derivation.kept):
-        pairs += [(cell.operations[k], supergraph.operations[i][j]), (cell.norms[k + 1], supergraph.norms[1 + i * n + j])]
+        same += [(cell.operations[k], supergraph.operations[i][j])]
+        same += [(cell.norms[k + 1], supergraph.norms[1 + i * n + j])]
         if i: cell.input_weights[k].copy_(level[i - 1, j, [derivation.kept[f - 1][1] for f in spec.inputs[k]]])
-    for mine, theirs in pairs:
+    for mine, theirs in same:
         mine.load_state_dict({name: v for name, v in theirs.state_dict().items() if name != "mixture_logits"})
     blocks = blocks.unflatten(1, (*sink.shape, supergraph.width)) * sink[..., None]
-    cell.combine.weight.copy_(torch.cat([blocks[:, i, j] for i, j in (derivation.kept[k - 1] for k in spec.outputs)], 1))
+    outputs = (derivation.kept[k - 1] for k in spec.outputs)
+    cell.combine.weight.copy_(torch.cat([blocks[:, i, j] for i, j in outputs], 1))
     return cell.train(supergraph.training)

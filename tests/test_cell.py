@@ -79,7 +79,8 @@ def close(a, b):
 
 # ---------------------------------------------------------------- cells
 
-SPECS = [SearchSpace(4, width=8).sample(seed) for seed in range(6)] + [random_cell(seed, width=8).cell for seed in range(3)]
+SPECS = [*(SearchSpace(4, width=8).sample(seed) for seed in range(6)),
+         *(random_cell(seed, width=8).cell for seed in range(3))]
 
 
 @pytest.mark.parametrize("normalise,training", [*product((True, False), repeat=2)])
@@ -138,7 +139,8 @@ def test_every_parameter_of_a_cell_learns():
     "24 operations in a cell, once the residual is open. Only what a softmax or the norm after it takes away is silent."
     ops = tuple(OperationSpec(d, t, a) for d, t, a in product(DIMENSIONS, ("map-based", "dot-product"), ACTIVATIONS))
     torch.manual_seed(0)
-    cell = AttentionCell(12, CellSpec(ops, tuple((0, k - 1) if k > 1 else (0,) for k in range(1, 25)), width=8), **double)
+    chain = tuple((0, k - 1) if k > 1 else (0,) for k in range(1, 25))
+    cell = AttentionCell(12, CellSpec(ops, chain, width=8), **double)
     cell.zero_norm.weight.data.fill_(1)
     cell(clip(4, 12, 4, 3, 3)).sin().sum().backward()
     for name, p in cell.named_parameters():
@@ -327,7 +329,8 @@ def test_a_supergraph_without_what_was_left_out_is_its_derived_cell(parameterisa
             if i: keep[connections.level][i - 1, j, [found.kept[f - 1][1] for f in read]] = True
             if activations == "mixture":
                 chosen = ACTIVATIONS.index(found.cell.operations[k - 1].activation)
-                graph.operations[i][j].mixture_logits.data = torch.full((4,), -1e4, **double).index_fill(0, torch.tensor(chosen), 0)
+                logits = torch.full((4,), -1e4, **double).index_fill(0, torch.tensor(chosen), 0)
+                graph.operations[i][j].mixture_logits.data = logits
         for p, kept in keep.items(): p.data[~kept] = nothing
         graph.train(training)
         x, cell = clip(2, 6, 3, 2, 3), carry_over(graph, found)

@@ -58,9 +58,10 @@ def by_definition(operation, x):
                 out = sum(w * v[o] for w, o in zip(weights, groups)) / len(groups)
                 for place, part in zip(places, out.split(x.shape[1])): y[(b, slice(None), *place)] = part
         else:
-            hidden = {g: sum(layer("reduce", x[(b, slice(None), *place)]).clamp(min=0) for place in places) / len(places)
-                      for g, places in groups.items()}
-            reach = [(-1, 0, 1) if operation.dimension != other else (0,) for other in ("spatial", "temporal", "temporal")]
+            relu = lambda place: layer("reduce", x[(b, slice(None), *place)]).clamp(min=0)
+            hidden = {g: sum(map(relu, places)) / len(places) for g, places in groups.items()}
+            absent = ("spatial", "temporal", "temporal")  # the dimension in which the kernel does not reach along T, H, W
+            reach = [(0,) if operation.dimension == other else (-1, 0, 1) for other in absent]
             kernel, scores = p["score.weight"][0], []
             for g in groups:
                 score = p["score.bias"][0]
@@ -174,8 +175,9 @@ def test_attend_is_the_equation(activation, queries, keys, features):
         factor = features ** -0.5 if scale is None else scale
         for b, h, i in product(range(2), range(3), range(queries)):
             weights = torch.stack(scaled([factor * (q[b, h, i] @ key) for key in k[b, h]], activation)) / keys
-            torch.testing.assert_close(attention_weights(q, k, activation, scale)[b, h, i], weights, atol=1e-12, rtol=0)
-            torch.testing.assert_close(attend(q, k, v, activation, scale)[b, h, i], weights @ v[b, h], atol=1e-12, rtol=0)
+            for got, expected in ((attention_weights(q, k, activation, scale), weights),
+                                  (attend(q, k, v, activation, scale), weights @ v[b, h])):
+                torch.testing.assert_close(got[b, h, i], expected, atol=1e-12, rtol=0)
 
 
 def test_softmax_over_many_keys_uses_the_fused_kernel():

@@ -38,7 +38,7 @@ def test_the_table_is_written_with_seeds_and_published_rows(smoke):
     header, *lines = (folder / "table_1_nonlocal.csv").read_text().splitlines()
     assert {"seeds", "top1_sd", "single", "relation", "published_top1"} <= set(header.split(",")) and len(lines) == 5
     text = (folder / "table_1_nonlocal.md").read_text()
-    assert "76.87" in text and "Bag ceiling" in text and "MLP head" in text
+    assert "76.87" in text and "bag ceiling 75.0 %" in text and "MLP head" in text
 
 
 def test_a_second_call_reuses_all_runs(smoke, capsys):

@@ -30,7 +30,7 @@ def _start_worker(messages, parent: int):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent decides
     globals().update(_messages=messages, _parent=parent)
 
-
+# %% ../../nbs/53_experiments.executor.ipynb #505cc48a
 def _work(key: str, config: RunConfig, folder, device: str) -> RunRecord:
     started, told = time.monotonic(), 0.0
 
@@ -83,7 +83,7 @@ def with_sources(configs) -> dict:
     for config in configs: ordered.setdefault(key_of(config), config)
     return ordered
 
-
+# %% ../../nbs/53_experiments.executor.ipynb #36811542
 def execute(configs, store: Store, workers: int = 0, device: str = "auto", show: bool = True, rebuild: bool = False) -> list:
     """The records of `configs`, in their order; those that `store` lacks are made, searches first.
 
@@ -107,7 +107,7 @@ def execute(configs, store: Store, workers: int = 0, device: str = "auto", show:
         records |= made
     return [records[key_of(config)] for config in configs]
 
-
+# %% ../../nbs/53_experiments.executor.ipynb #59f68661
 def _stored(configs: list, store: Store) -> list:
     records = store.latest()
     for config in configs:
@@ -128,7 +128,7 @@ def _make_all(waiting: dict, store: Store, workers: int, device: str, show: bool
             pool.shutdown(cancel_futures=True)
             progress.bar.close()
 
-
+# %% ../../nbs/53_experiments.executor.ipynb #57ce9a92
 def _schedule(waiting: dict, pool, progress: Progress, messages, store: Store, device: str) -> tuple:
     "({key: record} of what was made, {key: error} of what failed); a run starts when its search has ended."
     left, running, made, failed = dict(waiting), {}, {}, {}
@@ -152,7 +152,7 @@ def _schedule(waiting: dict, pool, progress: Progress, messages, store: Store, d
         progress.show()
     return made, failed
 
-
+# %% ../../nbs/53_experiments.executor.ipynb #5b04f435
 @contextmanager
 def _terminate_as_interrupt():
     "A polite kill of this process stops the workers as Ctrl-C does."
