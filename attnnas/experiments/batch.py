@@ -17,6 +17,7 @@ from .config import load_tier
 from .executor import execute, with_sources
 from .plans import PLANS, planned
 from .store import Store
+from .tables import counted
 
 # %% ../../nbs/56_experiments.batch.ipynb #fcc5e88e
 def project_folder() -> Path:
@@ -89,6 +90,6 @@ def _make_runs(runs: list, store: Store, workers: int, device: str, fresh: bool,
     if fresh:
         for key in everything: shutil.rmtree(store.path(key).parent, ignore_errors=True)
     finished = sum(store.get(key) is not None for key in everything)
-    if show: print(f"{len(everything)} runs: {finished} finished and reused, {len(everything) - finished} to make or continue. "
+    if show: print(f"{counted(len(everything), 'run')}: {finished} finished and reused, {len(everything) - finished} to make or continue. "
                    f"Records: {store.folder / 'runs'}")
     execute(runs, store, workers, device, show)

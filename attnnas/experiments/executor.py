@@ -38,7 +38,7 @@ def _work(key: str, config: RunConfig, folder, device: str) -> RunRecord:
         nonlocal told
         now = time.monotonic()
         if os.getppid() != _parent: signal.raise_signal(signal.SIGTERM)  # nobody is left to report to: save and stop
-        if now - told > 0.5 or step == steps: _messages.put((key, step, now - started))
+        if now - told > 0.5 or step == steps: _messages.put((key, step, steps, now - started))
         if now - told > 0.5: told = now
 
     return run(config, Store(folder), device, progress)
@@ -53,11 +53,11 @@ class Progress:
         self.first, self.rates, self.workers, self.finished = {}, {}, workers, 0
         self.started = time.monotonic()
         self.bar = tqdm(total=1.0, disable=not show, mininterval=0.5 if sys.stderr.isatty() else 20, miniters=0, file=sys.stderr,
-                        bar_format="{desc} {percentage:3.0f}%|{bar:30}| {elapsed} gone, {postfix}")
+                        bar_format="{desc} {percentage:3.0f}%|{bar:30}| {elapsed} gone{postfix}")
 
-    def update(self, key: str, step: int, seconds: float):
-        first_step, first_seconds, total = self.first.setdefault(key, (step, seconds, self.left[key]))
-        self.left[key] = max(0, total - step)
+    def update(self, key: str, step: int, steps: int, seconds: float):
+        first_step, first_seconds = self.first.setdefault(key, (step, seconds))
+        self.left[key] = steps - step
         if step > first_step: self.rates[self.kinds[key]] = (seconds - first_seconds) / (step - first_step)
 
     def end(self, key: str):
@@ -76,12 +76,10 @@ class Progress:
 
 # %% ../../nbs/53_experiments.executor.ipynb #a820a198
 def with_sources(configs) -> dict:
-    "The runs by key, each search before the runs that need it, no run twice."
-    ordered = {}
-    for config in configs:
-        if config.source: ordered[key_of(config.source)] = config.source
-    for config in configs: ordered.setdefault(key_of(config), config)
-    return ordered
+    "The runs by key, no run twice: searches first, then the runs that wait for them, then the others."
+    needed = [config.source for config in configs if config.source]
+    ordered = needed + sorted(configs, key=lambda config: (config.model.attention != "supergraph", not config.source))
+    return {key_of(config): config for config in ordered}
 
 # %% ../../nbs/53_experiments.executor.ipynb #36811542
 def execute(configs, store: Store, workers: int = 0, device: str = "auto", show: bool = True, rebuild: bool = False) -> list:
@@ -120,7 +118,7 @@ def _make_all(waiting: dict, store: Store, workers: int, device: str, show: bool
     messages, progress = context.Queue(), Progress(waiting, workers, show)
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (messages, os.getpid()))
     with _terminate_as_interrupt():
-        try: return _schedule(waiting, pool, progress, messages, store, device)
+        try: return _schedule(waiting, pool, workers, progress, messages, store, device)
         except KeyboardInterrupt:
             for process in multiprocessing.active_children(): process.terminate()
             raise
@@ -129,14 +127,14 @@ def _make_all(waiting: dict, store: Store, workers: int, device: str, show: bool
             progress.bar.close()
 
 # %% ../../nbs/53_experiments.executor.ipynb #57ce9a92
-def _schedule(waiting: dict, pool, progress: Progress, messages, store: Store, device: str) -> tuple:
+def _schedule(waiting: dict, pool, workers: int, progress: Progress, messages, store: Store, device: str) -> tuple:
     "({key: record} of what was made, {key: error} of what failed); a run starts when its search has ended."
     left, running, made, failed = dict(waiting), {}, {}, {}
     while left or running:
         for key, config in list(left.items()):
             source = config.source and key_of(config.source)
             if source in failed: failed[key] = f"its search failed ({failed[source]})"
-            elif source in left or source in running.values(): continue
+            elif source in left or source in running.values() or len(running) == workers: continue
             else: running[pool.submit(_work, key, config, store.folder, device)] = key
             del left[key]
         done, _ = concurrent.futures.wait(running, timeout=0.3, return_when=concurrent.futures.FIRST_COMPLETED)

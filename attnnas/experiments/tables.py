@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAINED_ENOUGH', 'ROLES', 'PUBLISHED_ROWS', 'mean_sd', 'interval', 'verdict', 'Row', 'differences', 'summarise',
-           'check_comparable', 'published', 'bases', 'comparison', 'claims', 'number', 'plus_minus', 'provenance',
-           'markdown_table', 'write_table']
+           'check_comparable', 'published', 'bases', 'comparison', 'claims', 'number', 'counted', 'plus_minus',
+           'provenance', 'markdown_table', 'write_table']
 
 # %% ../../nbs/54_experiments.tables.ipynb #4067a697
 import io
@@ -139,13 +139,18 @@ def claims(rows, pairs) -> list:
             low, high = interval(delta)
             spread = f", 95 % interval {low:+.1f} to {high:+.1f}" if low is not None else ""
             sentences.append(f"{data}, {backbone}: {better} above {worse}: **{verdict(delta)}** "
-                             f"({np.mean(delta):+.1f} points{spread}, {len(delta)} seeds).")
+                             f"({np.mean(delta):+.1f} points{spread}, {counted(len(delta), 'seed')}).")
     return sentences
 
 # %% ../../nbs/54_experiments.tables.ipynb #7cf28327
 def number(value, digits: int = 1, signed: bool = False) -> str:
     "A number for a reader; an empty cell for None or NaN."
     return "" if value is None or value != value else f"{value:{'+' if signed else ''},.{digits}f}"
+
+
+def counted(count: int, noun: str) -> str:
+    "1 seed, 2 seeds."
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def plus_minus(mean, sd, digits: int = 1, signed: bool = False) -> str:
@@ -158,9 +163,9 @@ def provenance(rows) -> str:
     "One line that says what all `rows` were made with."
     record, count = rows[0].records[0], sum(len(row.records) for row in rows)
     devices = sorted({r.device for row in rows for r in row.records})
-    return (f"{count} runs; {record.data['train_clips']} training, {record.data['validation_clips']} validation and "
+    return (f"{counted(count, 'run')}; {record.data['train_clips']} training, {record.data['validation_clips']} validation and "
             f"{record.data['test_clips']} test clips of {record.run.data.frames} frames at {record.run.data.size}x{record.run.data.size}; "
-            f"{record.run.training.epochs} epochs; {', '.join(devices)}; torch {record.versions['torch']}; "
+            f"{counted(record.run.training.epochs, 'epoch')}; {', '.join(devices)}; torch {record.versions['torch']}; "
             f"source {record.source}, data {record.data['fingerprint']}.")
 
 

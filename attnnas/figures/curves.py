@@ -34,6 +34,7 @@ def _sink_panel(ax, sink, nodes, leaders):
                     textcoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False,
                     arrowprops={"arrowstyle": "-", "color": "0.5", "linewidth": .6, "shrinkA": 1, "shrinkB": 1})
     ax.set(xlabel="epoch", ylabel="w_sink", ylim=(bottom, top), xlim=(1, max(2, len(sink))))
+    ax.xaxis.get_major_locator().set_params(integer=True)
 
 # %% ../../nbs/63_figures.curves.ipynb #fbee9c87
 def _activation_panel(ax, activation, leaders):
@@ -78,6 +79,7 @@ def connection_curves(history: list, nodes=None, site: str | None = None, top: i
     axes[0].set_title(f"Sink weights at {site}", fontsize=10)
     axes[1].plot(range(1, len(sink) + 1), [relative_entropy(s) for s in sink], color="0.2", marker=".")
     axes[1].set(xlabel="epoch", ylabel=f"entropy / log {sink[0].size}")
+    axes[1].xaxis.get_major_locator().set_params(integer=True)
     axes[1].set_title("1 is undecided", fontsize=10)
     if activation is not None:
         _activation_panel(axes[2], np.array(activation), leaders)
@@ -136,6 +138,7 @@ def learning_curves(runs):
     axes[0].plot([], [], "-", color="0.4", label="validation")
     for ax, name in zip(axes, ("loss", "top-1 accuracy (%)")):
         ax.set(xlabel="epoch", ylabel=name)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure
