@@ -129,6 +129,22 @@ def test_a_killed_batch_continues_and_ends_with_the_same_records(tmp_path):
     assert resumed == whole and "top1" in whole
 
 
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    "If this fails, a killed batch leaves processes behind that hold its locks."
+    script = tmp_path / "batch.py"
+    script.write_text(KILLED)
+    process = subprocess.Popen([sys.executable, script, tmp_path / "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("killed/runs/*/lock")) and time.monotonic() < deadline: time.sleep(0.05)
+    process.kill()
+    process.wait()
+    with pytest.raises(ProcessLookupError):
+        for _ in range(300):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
 def test_tables_of_unequal_rows_are_refused(tmp_path):
     store = Store(tmp_path)
     records = [run(config(seed=seed), store, "cpu") for seed in (0, 1)]

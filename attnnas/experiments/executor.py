@@ -28,7 +28,16 @@ from .store import RunRecord, Store
 def _start_worker(messages, parent: int):
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent decides
-    globals().update(_messages=messages, _parent=parent)
+    globals().update(_messages=messages)
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+
+
+def _follow(parent: int):
+    "Stop when the parent is gone, were it killed: first politely, so that a training saves its checkpoint."
+    while os.getppid() == parent: time.sleep(1)
+    while True:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
 
 # %% ../../nbs/53_experiments.executor.ipynb #505cc48a
 def _work(key: str, config: RunConfig, folder, device: str) -> RunRecord:
@@ -37,7 +46,6 @@ def _work(key: str, config: RunConfig, folder, device: str) -> RunRecord:
     def progress(step: int, steps: int):
         nonlocal told
         now = time.monotonic()
-        if os.getppid() != _parent: signal.raise_signal(signal.SIGTERM)  # nobody is left to report to: save and stop
         if now - told > 0.5 or step == steps: _messages.put((key, step, steps, now - started))
         if now - told > 0.5: told = now
 
