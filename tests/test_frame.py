@@ -189,6 +189,12 @@ def test_readme_is_what_the_index_generates(documents):
 
 
 @each_notebook
+def test_notebook_shows_no_path_of_the_machine_that_ran_it(path):
+    "If this fails, an output holds a warning or a traceback with somebody's folders in it."
+    assert "site-packages" not in path.read_text(encoding="utf-8")
+
+
+@each_notebook
 def test_links_lead_to_files(path, documents):
     "If this fails, a reader clicks on a link of this notebook and finds nothing."
     from notebooks import relink

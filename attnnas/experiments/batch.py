@@ -9,7 +9,7 @@ __all__ = ['project_folder', 'template_path', 'check_parameters', 'run_template'
 import shutil
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import attnnas
 from ..core import AttnnasError, choose

@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..core import AttnnasError, pick_device
 from .config import RunConfig
