@@ -135,11 +135,17 @@ def write_json(path, value):
     write_atomic(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
 
 
+def _unique(pairs) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs): raise ValueError(f"a key stands twice among {[key for key, _ in pairs]}")
+    return found
+
+
 def read_json(path) -> dict:
-    "Read JSON. Raises: AttnnasError where the file is missing or is not JSON."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
+    "Read JSON. Raises: AttnnasError where the file is missing, is not JSON, or has a key twice."
+    try: return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except OSError as error: raise AttnnasError(f"Could not read {path}: {error.strerror or error}.") from None
-    except ValueError as error: raise AttnnasError(f"{path} is not JSON: {error}.") from None
+    except (ValueError, RecursionError) as error: raise AttnnasError(f"{path} is not JSON: {error}.") from None
 
 # %% ../nbs/00_core.ipynb #55be16f4
 def versions() -> dict:

@@ -7,7 +7,8 @@ __all__ = ['ALL_OPERATIONS', 'SCHEMA_VERSION', 'OperationSpec', 'CellSpec', 'Sea
 
 # %% ../nbs/12_space.ipynb #80d4edf8
 import math
-from dataclasses import asdict, dataclass, fields
+import operator
+from dataclasses import asdict, dataclass, fields, replace
 
 from .core import AttnnasError, canonical_json, choose, content_hash, read_json, stream_seed, write_json
 from .ops import ACTIVATIONS, DIMENSIONS, TYPES
@@ -74,16 +75,17 @@ class CellSpec:
 
     @classmethod
     def from_dict(cls, value: dict) -> "CellSpec":
-        "The inverse of `to_dict`. Raises: AttnnasError naming what is missing, unknown, or of another version."
-        if isinstance(value, dict) and value.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
-            raise AttnnasError(f"The cell has schema version {value['schema_version']!r}; this attnnas reads "
+        "The inverse of `to_dict`. Raises: AttnnasError naming what is missing, unknown, or of another version or type."
+        version = value.get("schema_version", SCHEMA_VERSION) if isinstance(value, dict) else SCHEMA_VERSION
+        if type(version) is not int or version != SCHEMA_VERSION:
+            raise AttnnasError(f"The cell has schema_version {version!r}; this attnnas reads "
                                f"version {SCHEMA_VERSION}. Use the release that wrote it.")
         given = _fields(value, "cell", ("schema_version", "operations", "inputs"), ("outputs", "width"))
         del given["schema_version"]
-        names = tuple(f.name for f in fields(OperationSpec))
-        try: operations = list(given["operations"])
-        except TypeError: raise AttnnasError(f"A cell's operations are a list, got {given['operations']!r}.") from None
-        given["operations"] = tuple(OperationSpec(**_fields(o, "operation", names)) for o in operations)
+        for name in given.keys() & {"operations", "inputs", "outputs"}:
+            if not isinstance(given[name], (list, tuple)):
+                raise AttnnasError(f"A cell's {name} are a list, got {given[name]!r}.")
+        given["operations"] = tuple(_operation(o, k) for k, o in enumerate(given["operations"], 1))
         return cls(**given)
 
     def to_json(self) -> str:
@@ -111,11 +113,17 @@ class CellSpec:
 # %% ../nbs/12_space.ipynb #1e28b145
 def _fields(value, what: str, required: tuple, optional: tuple = ()) -> dict:
     "A copy of the dictionary `value`, all of whose keys are known and none of whose required ones is missing."
-    if not isinstance(value, dict): raise AttnnasError(f"Expected a dictionary that describes a {what}, got {value!r}.")
+    if not isinstance(value, dict):
+        raise AttnnasError(f"Expected a dictionary that describes one {what}, got {value!r}.")
     for name in value: choose(name, (*required, *optional), f"{what} field")
     missing = [name for name in required if name not in value]
     if missing: raise AttnnasError(f"The {what} lacks {', '.join(missing)}; it has {', '.join(value) or 'nothing'}.")
     return dict(value)
+
+
+def _operation(value, number: int) -> OperationSpec:
+    try: return OperationSpec(**_fields(value, "operation", tuple(f.name for f in fields(OperationSpec))))
+    except AttnnasError as error: raise AttnnasError(f"Operation {number} of the cell: {error}") from None
 
 
 def _increasing(numbers, low: int, high: int, what: str):
@@ -127,7 +135,7 @@ def _increasing(numbers, low: int, high: int, what: str):
 
 def _check(spec: CellSpec):
     count = len(spec.operations)
-    if not count: raise AttnnasError("A cell has at least one operation, got none.")
+    if not count: raise AttnnasError("A cell's operations must be at least one, got none.")
     for k, operation in enumerate(spec.operations, 1):
         if not isinstance(operation, OperationSpec) or operation.activation == "mixture":
             raise AttnnasError(f"Operation {k} must be an OperationSpec with a decided activation, got {operation!r}.")
@@ -141,8 +149,8 @@ def _check(spec: CellSpec):
     for k in range(count, 0, -1): reached.update(spec.inputs[k - 1] if k in reached else ())
     unused = [k for k in range(1, count + 1) if k not in reached]
     if unused:
-        raise AttnnasError(f"No output depends on operation {', '.join(map(str, unused))}. Make it an output, let "
-                           "another operation read it, or leave it out.")
+        raise AttnnasError(f"No output depends on operation {', '.join(map(str, unused))}. Make it one of the outputs, "
+                           "put it among the inputs of another operation, or leave it out.")
 
 # %% ../nbs/12_space.ipynb #d72b01bd
 def _ranks(keys: list) -> list[int]:
@@ -193,34 +201,165 @@ def _canonical(spec: CellSpec) -> CellSpec:
     return CellSpec(tuple(spec.operations[k - 1] for k in order), read, outputs, spec.width)
 
 # %% ../nbs/12_space.ipynb #a66fafe1
+def _subset(value: int) -> tuple[int, ...]:
+    "The features read, in the order of the reflected Gray code; the empty subset is left out."
+    code = (value + 1) ^ (value + 1) >> 1
+    return tuple(i for i in range(code.bit_length()) if code >> i & 1)
+
+
+def _value(subset) -> int:
+    "The inverse of `_subset`."
+    value = code = sum(1 << i for i in subset)
+    while code := code >> 1: value ^= code
+    return value - 1
+
+# %% ../nbs/12_space.ipynb #9e3437f3
 @dataclass(frozen=True)
 class SearchSpace:
     """All cells of `operations` operations, each reading any non-empty subset of the features before it.
 
-    `cell in space` tells whether a CellSpec is one of them. Raises: AttnnasError for no operations.
-    Source: talk (cell level and operation level); the size by counting.
+    dimensions, types, activations: the names to choose from (default: all), kept in the order of `attnnas.ops`.
+    A cell is a list of digits, one a parameter: operation by operation the dimension, type, activation (places
+    among those names) and inputs (place in the Gray code). Cells are ordered by them, the last changing fastest.
+    `space[i]` is cell number i, `cell in space` tells whether a CellSpec is one of them.
+    Raises: AttnnasError for no operations, unknown or repeated names, a width that is none.
+    Source: talk (cell level and operation level); the size by counting; order and encoding [choice].
     """
     operations: int = 4
     width: int = 64
+    dimensions: tuple[str, ...] = DIMENSIONS
+    types: tuple[str, ...] = TYPES
+    activations: tuple[str, ...] = ACTIVATIONS
 
-    def __post_init__(self):
-        if type(self.operations) is not int or self.operations < 1:
-            raise AttnnasError(f"A search space has at least one operation, got {self.operations!r}.")
+    def __post_init__(self): _check_space(self)
+
+    @property
+    def names(self) -> dict[str, tuple[str, ...]]:
+        "The names that an operation's dimension, type and activation are chosen from."
+        return {"dimension": self.dimensions, "type": self.types, "activation": self.activations}
+
+    @property
+    def parameters(self) -> dict[str, range]:
+        """Name -> range(n) of each digit; all combinations are cells, and what has one value only is left out.
+
+        "dimension_1", "type_1", "activation_1", "dimension_2", ..., "inputs_2", ...: operations counted from 1.
+        Neighbouring values of inputs differ in one feature; the others' values are names, in no order.
+        """
+        sizes = {f"{name}_{k}": size for k in range(1, self.operations + 1)
+                 for name, size in (*((n, len(known)) for n, known in self.names.items()), ("inputs", 2**k - 1))}
+        return {name: range(size) for name, size in sizes.items() if size > 1}
 
     @property
     def size(self) -> int:
         "The exact number of cells, numberings counted apart."
-        return math.prod((2**k - 1) * len(ALL_OPERATIONS) for k in range(1, self.operations + 1))
+        return math.prod(values.stop for values in self.parameters.values())
+
+    def encode(self, cell: CellSpec) -> tuple[int, ...]:
+        "The cell's digits, one for each of `parameters`. Raises: AttnnasError for a cell of another space."
+        return _encode(self, cell)
+
+    def decode(self, values) -> CellSpec:
+        "The cell of these digits: the inverse of `encode`. Raises: AttnnasError naming a value out of its range."
+        return _decode(self, values)
+
+    def index(self, cell: CellSpec) -> int:
+        "The cell's number, from 0: its digits read as one. Raises: AttnnasError for a cell of another space."
+        number = 0
+        for value, values in zip(self.encode(cell), self.parameters.values()): number = number * values.stop + value
+        return number
+
+    def __getitem__(self, number: int) -> CellSpec:
+        number, digits = _whole(number, self.size, "A cell's number"), []
+        for values in reversed(self.parameters.values()):
+            number, digit = divmod(number, values.stop)
+            digits.append(digit)
+        return self.decode(digits[::-1])
+
+    def enumerate(self):
+        "Every cell once, one at a time, in the order of their numbers."
+        return (self[number] for number in range(self.size))
+
+    def __iter__(self): return self.enumerate()
 
     def sample(self, seed) -> CellSpec:
         "A cell drawn uniformly: a pure function of `seed`, which is a number or a string."
-        operations, inputs = [], []
-        for k in range(1, self.operations + 1):
-            subset = 1 + stream_seed("cell", seed, k, "inputs") % (2**k - 1)
-            inputs.append(tuple(i for i in range(k) if subset >> i & 1))
-            operations.append(ALL_OPERATIONS[stream_seed("cell", seed, k, "operation") % len(ALL_OPERATIONS)])
-        return CellSpec(tuple(operations), tuple(inputs), width=self.width)
+        return self[_draw(self.size, "cell", seed)]
 
-    def __contains__(self, spec) -> bool:
-        return (isinstance(spec, CellSpec) and spec.width == self.width
-                and len(spec.operations) == len(spec.outputs) == self.operations)
+    def neighbours(self, cell: CellSpec) -> list[CellSpec]:
+        """The cells one change away, each once: another dimension, type or activation of one operation, or one input
+        more or less. As a relation it is symmetric. Raises: AttnnasError for a cell of another space. [choice]
+        """
+        return list(_changes(self, cell))
+
+    def mutate(self, cell: CellSpec, seed) -> CellSpec:
+        "One of `neighbours`, drawn uniformly by `seed`. Raises: AttnnasError as it does, and where there is none."
+        if not (near := self.neighbours(cell)): raise AttnnasError(f"The space has one cell only: {cell}.")
+        return near[_draw(len(near), "mutation", seed)]
+
+    def __contains__(self, cell) -> bool:
+        return (isinstance(cell, CellSpec) and cell.width == self.width
+                and len(cell.operations) == len(cell.outputs) == self.operations
+                and all(getattr(o, name) in known for o in cell.operations for name, known in self.names.items()))
+
+# %% ../nbs/12_space.ipynb #eb88259e
+def _check_space(space: SearchSpace):
+    for name, unit in (("operations", "operation"), ("width", "channel")):
+        value = getattr(space, name)
+        if type(value) is not int or value < 1:
+            raise AttnnasError(f"A search space's {name} must be a whole number, at least one {unit}; got {value!r}.")
+    for name, known in (("dimensions", DIMENSIONS), ("types", TYPES), ("activations", ACTIVATIONS)):
+        given = getattr(space, name)
+        if not isinstance(given, (list, tuple)) or not given:
+            raise AttnnasError(f"A search space's {name} must be a list of names, at least one of "
+                               f"{', '.join(known)}; got {given!r}.")
+        for value in given: choose(value, known, name.removesuffix("s"))
+        kept = tuple(value for value in known if value in given)
+        if len(kept) < len(given): raise AttnnasError(f"A search space's {name} name one twice: {', '.join(given)}.")
+        object.__setattr__(space, name, kept)
+
+
+def _whole(value, count: int, what: str) -> int:
+    try:
+        if 0 <= (number := operator.index(value)) < count: return number
+    except TypeError: pass
+    raise AttnnasError(f"{what} must be a whole number from 0 to {count - 1}, got {value!r}.")
+
+
+def _draw(count: int, *names) -> int:
+    "A number below `count`: 256 bits of hash, so that no count in use is large enough to notice the remainder."
+    return int(content_hash([str(n) for n in names], 64), 16) % count
+
+# %% ../nbs/12_space.ipynb #99297701
+def _encode(space: SearchSpace, cell: CellSpec) -> tuple[int, ...]:
+    if cell not in space:
+        raise AttnnasError(f"The cell is not one of {space}, with every operation an output: {cell}"
+                           + (f", width {cell.width}." if isinstance(cell, CellSpec) else "."))
+    digits = {}
+    for k, (operation, read) in enumerate(zip(cell.operations, cell.inputs), 1):
+        digits |= {f"{name}_{k}": known.index(getattr(operation, name)) for name, known in space.names.items()}
+        digits[f"inputs_{k}"] = _value(read)
+    return tuple(digits[name] for name in space.parameters)
+
+
+def _decode(space: SearchSpace, values) -> CellSpec:
+    parameters = space.parameters
+    if len(values) != len(parameters):
+        raise AttnnasError(f"A cell of this space has {len(parameters)} values, {', '.join(parameters)}; "
+                           f"got {len(values)}.")
+    digits = {name: _whole(value, parameters[name].stop, name) for name, value in zip(parameters, values)}
+    numbers = range(1, space.operations + 1)
+    operations = (OperationSpec(*(known[digits.get(f"{name}_{k}", 0)] for name, known in space.names.items()))
+                  for k in numbers)
+    return CellSpec(tuple(operations), tuple(_subset(digits.get(f"inputs_{k}", 0)) for k in numbers), width=space.width)
+
+# %% ../nbs/12_space.ipynb #3a1d0be6
+def _changes(space: SearchSpace, cell: CellSpec):
+    space.encode(cell)  # says so if the cell is of another space
+    for k, (operation, read) in enumerate(zip(cell.operations, cell.inputs)):
+        with_kth = lambda values, value: (*values[:k], value, *values[k + 1:])
+        for name, known in space.names.items():
+            for other in known:
+                if other == getattr(operation, name): continue
+                yield replace(cell, operations=with_kth(cell.operations, replace(operation, **{name: other})))
+        for i in range(k + 1):
+            if subset := set(read) ^ {i}: yield replace(cell, inputs=with_kth(cell.inputs, tuple(sorted(subset))))
