@@ -106,7 +106,8 @@ def random_cell(seed, levels: int = 4, nodes=None, alpha: int = 3, beta: int = 2
 def carry_over(supergraph: Supergraph, derivation: Derivation) -> AttentionCell:
     """The derived cell with the supergraph's weights: equal to it where every connection left out is zero.
 
-    The cell must have the supergraph's width. Source: sink and combination agree by the talk's formula.
+    The cell must have the supergraph's width, and its keys are whole: pooled keys of a fused supergraph are not carried
+    over. Source: sink and combination agree by the talk's formula.
     """
     spec, n, blocks = derivation.cell, len(supergraph.nodes), supergraph.combine.weight
     cell = AttentionCell(supergraph.channels, spec, supergraph.normalise, blocks.device, blocks.dtype)

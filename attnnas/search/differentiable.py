@@ -14,6 +14,7 @@ from torch import nn
 
 from ..core import AttnnasError, check, choose, option
 from ..derivation import Derivation, derive
+from ..fused import FusedSupergraph
 from ..insertion import insert, inserted
 from ..supergraph import ConnectionWeights, Supergraph, default_nodes
 from ..training.loop import Trainer, TrainingConfig
@@ -36,13 +37,13 @@ class SearchConfig:
 
 # %% ../../nbs/40_search.differentiable.ipynb #9732e047
 def insert_supergraphs(model: nn.Module, config: SearchConfig, sites=None, example=None) -> nn.Module:
-    "Insert a supergraph at each site, their connection weights shared or not as `config` says."
+    "Insert a (fused) supergraph at each site, their connection weights shared or not as `config` says."
     nodes = default_nodes(config.activations)
 
     def connections(): return ConnectionWeights(config.levels, len(nodes), config.parameterisation, config.activations)
 
     shared = connections() if config.connections == "shared" else None
-    return insert(model, lambda channels: Supergraph(
+    return insert(model, lambda channels: FusedSupergraph(
         channels, config.width, config.levels, connections=shared or connections(), activations=config.activations), sites, example)
 
 
