@@ -119,9 +119,9 @@ def comparison(rows, reference):
     import pandas as pd
     base, lines = bases(rows), []
     for row in rows:
-        role, name = ROLES.get(row.data, ""), row.backbone.split("_")[0].upper()
+        role, name = ROLES.get(row.data, Path(row.data).name), row.backbone.split("_")[0].upper()
         match = reference[(reference["backbone"] == name) & (reference["model"] == PUBLISHED_ROWS.get(row.model))]
-        known = match.iloc[0] if len(match) and role else {}
+        known = match.iloc[0] if len(match) and role in ROLES.values() else {}
         lines.append(summarise(row, base.get((row.data, row.backbone))) | {
             "published": f"{name} on {role}" if len(known) else "",
             **{f"published_{column}": known.get(f"{role}_{column}") for column in ("top1", "top5", "delta_top1")}})
