@@ -11,6 +11,7 @@ from attnnas.derivation import carry_over, derive, random_cell
 from attnnas.ops import ACTIVATIONS, DIMENSIONS
 from attnnas.space import CellSpec, OperationSpec, SearchSpace
 from attnnas.supergraph import ConnectionWeights, Supergraph, default_nodes
+from genotypes import leave_only
 
 double = dict(dtype=torch.float64)
 st_dot = OperationSpec("spatiotemporal", "dot-product", "softmax")
@@ -322,16 +323,7 @@ def test_a_supergraph_without_what_was_left_out_is_its_derived_cell(parameterisa
         connections = graph.connections
         found = derive(connections.level_weights(), connections.sink_weights(), graph.nodes, 3, 2, 4,
                        graph.connections.activation_weights())
-        nothing = 0.0 if parameterisation == "free" else -1e4
-        keep = {p: torch.zeros(p.shape, dtype=torch.bool) for p in (connections.level, connections.sink)}
-        for k, ((i, j), read) in enumerate(zip(found.kept, found.cell.inputs), 1):
-            keep[connections.sink][i, j] = k in found.cell.outputs
-            if i: keep[connections.level][i - 1, j, [found.kept[f - 1][1] for f in read]] = True
-            if activations == "mixture":
-                chosen = ACTIVATIONS.index(found.cell.operations[k - 1].activation)
-                logits = torch.full((4,), -1e4, **double).index_fill(0, torch.tensor(chosen), 0)
-                graph.operations[i][j].mixture_logits.data = logits
-        for p, kept in keep.items(): p.data[~kept] = nothing
+        leave_only(graph, found)
         graph.train(training)
         x, cell = clip(2, 6, 3, 2, 3), carry_over(graph, found)
         assert cell.training == training and cell.spec == found.cell

@@ -10,9 +10,9 @@ from torch import nn
 from attnnas.core import AttnnasError, generator
 from attnnas.derivation import carry_over, derive
 from attnnas.fused import FusedSupergraph
-from attnnas.ops import ACTIVATIONS
 from attnnas.space import OperationSpec
 from attnnas.supergraph import ConnectionWeights, Supergraph, default_nodes
+from genotypes import leave_only
 
 double = dict(dtype=torch.float64)
 LIMIT = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -118,14 +118,7 @@ def derived_alone(seed):
     connections = graph.connections
     found = derive(connections.level_weights(), connections.sink_weights(), graph.nodes, alpha, beta, 8,
                    connections.activation_weights())
-    keep = {p: torch.zeros(p.shape, dtype=torch.bool) for p in (connections.level, connections.sink)}
-    for k, ((i, j), read) in enumerate(zip(found.kept, found.cell.inputs), 1):
-        keep[connections.sink][i, j] = k in found.cell.outputs
-        if i: keep[connections.level][i - 1, j, [found.kept[f - 1][1] for f in read]] = True
-        if activations == "mixture":
-            chosen = ACTIVATIONS.index(found.cell.operations[k - 1].activation)
-            graph.operations[i][j].mixture_logits.data.fill_(-1e4)[chosen] = 0
-    for p, kept in keep.items(): p.data[~kept] = 0.0 if parameterisation == "free" else -1e4
+    leave_only(graph, found)
     return graph, found
 
 
