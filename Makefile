@@ -58,7 +58,7 @@ clean:  ## Remove what builds and tests leave behind; .venv and results stay
 	  echo "Installing into .venv: about 2 minutes and 5.5 GB, once."; \
 	  "$(PYTHON)" -m venv .venv && touch .venv/unfinished; fi
 	@$(PINNED) setuptools wheel
-	@$(PINNED) --no-build-isolation -e ".[notebooks,video,dev]"
+	@$(PINNED) --no-build-isolation -e ".[notebooks,models,search,video,dev]"
 	@rm -f .venv/unfinished && touch $@
 
 .venv/installed-docs: .venv/installed

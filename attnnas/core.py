@@ -59,20 +59,34 @@ class _WithoutDocstrings(ast.NodeTransformer):
     visit_Module = visit_ClassDef = visit_FunctionDef = visit_AsyncFunctionDef = _strip
 
 
-def source_hash(leave_out: tuple = (), package: Path | None = None) -> str:
-    """Hash of the package's modules, comments and docstrings aside.
+def _imports(tree: ast.AST, module: str, package: str):
+    "Dotted names, below the package, of what `module` imports, in functions too."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = [package, *module.split(".")][:-node.level] if node.level else []
+            base = ".".join(base + ([node.module] if node.module else []))
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        else: continue
+        yield from (name.removeprefix(f"{package}.") for name in names if name.startswith(f"{package}."))
 
-    `leave_out` holds path prefixes relative to the package ("cli.py", "figures/").
+# %% ../nbs/00_core.ipynb #ed1e1b8e
+def source_hash(*modules: str, leave_out: tuple = (), package: Path | None = None) -> str:
+    """Hash of `modules` ("experiments.run") and of all that they import of the package, comments and docstrings aside.
+
+    `leave_out`: modules that do not count, and whose imports are not followed.
     """
-    package = Path(package or __file__).resolve()
-    package = package if package.is_dir() else package.parent
-    modules = {}
-    for path in sorted(package.rglob("*.py")):
-        name = path.relative_to(package).as_posix()
-        if name == "_modidx.py" or name.startswith(tuple(leave_out)): continue
-        tree = _WithoutDocstrings().visit(ast.parse(path.read_text(encoding="utf-8")))
-        modules[name] = ast.unparse(tree)
-    return content_hash(modules)
+    package = Path(package) if package else Path(__file__).resolve().parent
+    waiting, sources = list(modules), {}
+    while waiting:
+        module = waiting.pop()
+        path = package.joinpath(*module.split(".")).with_suffix(".py")
+        if module in sources or module in leave_out or not path.exists(): continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        waiting += _imports(tree, module, package.name)
+        sources[module] = ast.unparse(_WithoutDocstrings().visit(tree))
+    if missing := set(modules) - set(sources): raise AttnnasError(f"No module {', '.join(sorted(missing))} in {package}.")
+    return content_hash(sources)
 
 # %% ../nbs/00_core.ipynb #5152077b
 def stream_seed(*names) -> int:

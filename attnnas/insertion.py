@@ -60,7 +60,7 @@ def _dry_run(model, example) -> dict[str, list]:
         with torch.no_grad(): double(example)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise AttnnasError(f"{type(model).__name__} failed in a dry run on an input of shape {tuple(example.shape)}: "
-                           f"{error}. Give example=, an input shape that it takes or a small input tensor.") from error
+                           f"{str(error).rstrip('.')}. Give example=, an input shape that it takes or a small input tensor.") from error
     return shapes
 
 # %% ../nbs/21_insertion.ipynb #52cd884d

@@ -149,7 +149,7 @@ def test_options_that_make_no_sense(options, told):
 
 @pytest.mark.parametrize("shape", [(2, 2, 8, 24, 24), (3, 8, 24, 24)])
 def test_input_of_another_shape(shape):
-    with pytest.raises(AttnnasError, match=r"Expected clips \(B, 3, T, H, W\), got shape"): small()(torch.zeros(shape))
+    with pytest.raises(AttnnasError, match=r"takes clips \(B, 3, T, H, W\) of at least"): small()(torch.zeros(shape))
 
 
 # Names
@@ -317,7 +317,7 @@ IMAGE = dict(model=Images, example=(1, 3, 16, 16))
     (dict(what=lambda channels: channels), "gave int"),
     (dict(what=nn.Identity()), "Cannot insert Identity"),
     (dict(what="cell.json"), "Cannot insert str"),
-    (dict(example=(1, 2, 8, 24, 24)), r"failed in a dry run.*Expected clips \(B, 3"),
+    (dict(example=(1, 2, 8, 24, 24)), r"failed in a dry run.*takes clips \(B, 3"),
     (dict(model=Images), "No sites for Images"),
     (dict(model=Images, sites="first"), "Images has no example_shape"),
     (dict(IMAGE, sites="first"), r"an attention cell takes \(B, C, T, H, W\)"),

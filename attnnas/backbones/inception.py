@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FULL', 'SMALL', 'LAYOUTS', 'HEADS', 'same_padding', 'SameConv3d', 'SameMaxPool3d', 'conv_unit', 'separable_unit',
-           'Mixed', 'InceptionVideo']
+           'Mixed', 'InceptionVideo', 'i3d', 's3d', 'i3d_small', 's3d_small']
 
 # %% ../../nbs/22_backbones.inception.ipynb #fbaa2696
 from collections import OrderedDict
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .base import Backbone
 from ..core import AttnnasError, choose
 
 # %% ../../nbs/22_backbones.inception.ipynb #44d30758
@@ -110,31 +111,29 @@ HEADS = {"linear": nn.Linear,
          "mlp": lambda width, classes: nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))}
 
 # %% ../../nbs/22_backbones.inception.ipynb #f090d867
-class InceptionVideo(nn.Module):
+class InceptionVideo(Backbone):
     """I3D (`separable=False`) or S3D (`separable=True`): (B, in_channels, T, H, W) -> scores (B, num_classes).
 
     `layout` "full" or "small"; `width_multiplier` scales all channels, rounded to multiples of 4; `head` "linear", or
     "mlp" with one hidden ReLU layer as wide as its input, after global average pooling. `separable_stem=True`
-    separates S3D's stem as well. Attributes: `default_sites`, `example_shape`, `layers` (names, in order), `head`.
+    separates S3D's stem as well. Attributes: those of Backbone, `layers` (names, in order), `head`.
     Sources: Carreira and Zisserman 2017; Xie et al. 2018, without gating; the small layout and the head "mlp" [choice].
     Raises: AttnnasError for an unknown or contradictory option, and for an input of another shape.
     """
     def __init__(self, num_classes: int, separable: bool, layout: str = "full", width_multiplier: float = 1.0,
                  in_channels: int = 3, head: str = "linear", separable_stem: bool = False):
-        super().__init__()
+        plan, clip, sites = choose(layout, LAYOUTS, "layout")
+        super().__init__(in_channels, clip, default_sites=sites)
         if separable_stem and not separable:
             raise AttnnasError("separable_stem=True needs separable=True: I3D separates nothing. Use an S3D.")
         if width_multiplier <= 0: raise AttnnasError(f"width_multiplier must be above 0, got {width_multiplier}.")
-        plan, size, self.default_sites = choose(layout, LAYOUTS, "layout")
-        self.layers, self.example_shape, channels = tuple(plan), (1, in_channels, *size), in_channels
+        self.layers, channels = tuple(plan), in_channels
         for name, numbers in plan.items():
             module, channels = _layer(name, numbers, channels, width_multiplier, separable, separable_stem)
             self.add_module(name, module)
         self.head = choose(head, HEADS, "head")(channels, num_classes)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.ndim != 5 or x.shape[1] != self.example_shape[1]:
-            raise AttnnasError(f"Expected clips (B, {self.example_shape[1]}, T, H, W), got shape {tuple(x.shape)}.")
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
         # Convolution and pooling are about twice as fast so on a CPU; elsewhere the caller's layout stays.
         if x.device.type == "cpu": x = x.contiguous(memory_format=torch.channels_last_3d)
         for name in self.layers: x = getattr(self, name)(x)
@@ -153,3 +152,23 @@ def _layer(name, numbers, channels, width_multiplier, separable, separable_stem)
     if name == "Conv3d_1a_7x7" and not separable_stem:
         unit, kernel = conv_unit, (3 if separable else kernel, kernel, kernel)
     return (conv_unit if kernel == 1 else unit)(channels, wide(width), kernel, stride), wide(width)
+
+# %% ../../nbs/22_backbones.inception.ipynb #4de2b051
+def i3d(num_classes: int, **options) -> InceptionVideo:
+    "Inception-v1 inflated to three dimensions, without separation (Carreira and Zisserman 2017); five default sites."
+    return InceptionVideo(num_classes, separable=False, layout="full", **options)
+
+
+def s3d(num_classes: int, **options) -> InceptionVideo:
+    "I3D with its 3x3x3 filters separated into space and time, no gating (Xie et al. 2018); five default sites."
+    return InceptionVideo(num_classes, separable=True, layout="full", **options)
+
+
+def i3d_small(num_classes: int, **options) -> InceptionVideo:
+    "I3D's blocks for clips of 16 x 32 x 32: a fine stem, three blocks, no temporal stride; two default sites."
+    return InceptionVideo(num_classes, separable=False, layout="small", **options)
+
+
+def s3d_small(num_classes: int, **options) -> InceptionVideo:
+    "S3D's blocks for clips of 16 x 32 x 32: a fine stem, three blocks, no temporal stride; two default sites."
+    return InceptionVideo(num_classes, separable=True, layout="small", **options)
