@@ -97,8 +97,8 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, activati
     if path == "fused": return kernels.fused(query, key, value, scale)
     if path == "associative": return kernels.associative(query, key, value, scale)
     if path == "triton": return kernels.triton(query, key, value, activation, scale)
-    if isinstance(activation, str) and activation in kernels.ELEMENTWISE:
-        return kernels.tiled(query, key, value, activation, scale)
+    if not isinstance(activation, str): return kernels.mixed(query, key, value, activation, scale)
+    if activation in kernels.ELEMENTWISE: return kernels.tiled(query, key, value, activation, scale)
     return kernels.by_rows(literal, query, key.shape[-2])
 
 
