@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIRST_STEPS', 'POSITION', 'TrainingConfig', 'epoch_order', 'rate', 'Interrupted', 'StopFlag', 'divergence',
-           'make_optimizer', 'train_step', 'Trainer']
+           'make_optimizer', 'classify', 'train_step', 'Trainer']
 
 # %% ../../nbs/32_training.loop.ipynb #c03672f0
 import math
@@ -96,34 +96,40 @@ def make_optimizer(model: nn.Module, config: TrainingConfig, own_rates=()) -> to
     return torch.optim.AdamW(groups, **common)
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, video, labels, factor: float, clip_norm: float) -> torch.Tensor:
+def classify(model: nn.Module, video: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    "Scores (B, classes) of clips (B, C, T, H, W) uint8 and their cross-entropy with labels (B,): the loss of a classifier."
+    scores = model(to_float(video))
+    return scores, F.cross_entropy(scores, labels)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, video, labels, factor: float, clip_norm: float,
+               loss: Callable = classify) -> torch.Tensor:
     "One update at `factor` times the peak rates. Returns (sum of losses, hits, clips), where the model lives."
     for group in optimizer.param_groups: group["lr"] = group["peak"] * factor
-    scores = model(to_float(video))
-    loss = F.cross_entropy(scores, labels)
+    scores, mean = loss(model, video, labels)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    mean.backward()
     nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip_norm)
     optimizer.step()
     with torch.no_grad():
         hits = (scores.argmax(1) == labels).sum()
-        return torch.stack([loss * len(labels), hits, torch.full_like(hits, len(labels))]).double()
+        return torch.stack([mean * len(labels), hits, torch.full_like(hits, len(labels))]).double()
 
 # %% ../../nbs/32_training.loop.ipynb #893d87b1
 class Trainer:
     """Trains `model` on `clips` (see `attnnas.data.clips`) and knows where it is.
 
     `own_rates`: see `make_optimizer`. `observe(model)` returns a dictionary that joins each epoch's
-    metrics. `checkpoint` is a path; training resumes from it if it exists. `progress(step, steps)` is
+    metrics. `loss(model, video, labels)` gives scores and their loss, as `classify` does. `checkpoint` is a path; training resumes from it if it exists. `progress(step, steps)` is
     called after each step. The same seed gives the same bits on one CPU, interrupted or not.
     """
 
     def __init__(self, model: nn.Module, clips, config: TrainingConfig = TrainingConfig(), *, seed: int = 0,
                  device="cpu", validation=None, checkpoint=None, checkpoint_seconds: float = 30, own_rates=(),
-                 observe: Callable | None = None, progress: Callable | None = None):
+                 loss: Callable = classify, observe: Callable | None = None, progress: Callable | None = None):
         self.model = model.to(device)
         self.clips, self.config, self.seed, self.device = clips, config, seed, device
-        self.validation, self.observe, self.progress = validation, observe, progress
+        self.validation, self.loss, self.observe, self.progress = validation, loss, observe, progress
         self.checkpoint, self.checkpoint_seconds = checkpoint and Path(checkpoint), checkpoint_seconds
         self.optimizer = make_optimizer(model, config, own_rates)
         self.steps_per_epoch = math.ceil(len(clips) / config.batch_size)
@@ -153,7 +159,8 @@ class Trainer:
         self.model.train()
         video, labels = self.clips.batch(indices).to(self.device), self.clips.labels[indices].to(self.device)
         factor = rate(self.step, self.steps, self.config.warmup)
-        self.totals += train_step(self.model, self.optimizer, video, labels, factor, self.config.clip_norm)
+        self.totals += train_step(self.model, self.optimizer, video, labels, factor,
+                                  self.config.clip_norm, self.loss)
         self.step += 1
         if self.step == min(FIRST_STEPS, self.steps_per_epoch): self.start_loss = (self.totals[0] / self.totals[2]).item()
         if self.progress: self.progress(self.step, self.steps)
