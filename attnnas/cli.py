@@ -18,6 +18,7 @@ import torch
 
 from .core import AttnnasError, choose, device_name, read_json
 from .backbones.registry import list_models
+from .data.synthetic import BENCHMARKS
 from .experiments.batch import project_folder, reproduce
 from .experiments.config import DataConfig, ModelConfig, RunConfig, SearchConfig, TrainingConfig, load_tier, tiers
 from .experiments.executor import execute
@@ -146,7 +147,7 @@ def _missing(tier: str, packages: dict) -> list:
     lacking = [f"{name} (pip install 'attnnas[notebooks]')" for name, version in packages.get("notebooks", {}).items() if version is None]
     try: project_folder()
     except AttnnasError: lacking.append("the repository with nbs/paper")
-    data = {run.data.data for run in planned(load_tier(tier))} - {"A", "B"}
+    data = {run.data.data for run in planned(load_tier(tier))} - set(BENCHMARKS)
     lacking += [f"the data folder {folder}" for folder in sorted(data) if not Path(folder).is_dir()]
     if data and not torch.cuda.is_available(): lacking.append("a CUDA device")
     return lacking

@@ -107,12 +107,13 @@ class BenchmarkConfig:
 # %% ../../nbs/02_data.synthetic.ipynb #8ffa7ce1
 BENCHMARKS = {"A": BenchmarkConfig("A"),
               "B": BenchmarkConfig("B", distractors=2, noise=.04, radius_min=.08, radius_max=.10,
-                                   texture=.08, growth=1.5)}
+                                   texture=.08, growth=1.5),
+              "A-easy": BenchmarkConfig("A", distractors=1, noise=.03)}
 SPLITS = ("train", "validation", "test")
 
 
 def benchmark(name: str, frames: int = 16, size: int = 32, **overrides) -> BenchmarkConfig:
-    "Data set \"A\" or \"B\" at any length and size. Raises: AttnnasError for an unknown name, knob or value."
+    "A data set of BENCHMARKS at any length and size. Raises: AttnnasError for an unknown name, knob or value."
     for knob in overrides: choose(knob, _RANGES, "knob of the benchmark")
     return dataclasses.replace(choose(name, BENCHMARKS, "data set"), frames=frames, size=size, **overrides)
 
