@@ -63,7 +63,7 @@ def run_from_options(args) -> RunConfig:
 
 # %% ../nbs/70_cli.ipynb #36c3ae58
 def _reproduce(args):
-    paths = reproduce(args.tier, args.results, args.template, args.device, args.workers, args.fresh, args.rebuild)
+    paths = reproduce(args.tier, args.results, args.template, args.device, args.workers, args.fresh, args.rebuild, args.all)
     for path in paths:
         if path.suffix == ".md": print("\n" + path.read_text())
     print("Written:", *paths, sep="\n  ")
@@ -178,7 +178,8 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("reproduce", _reproduce, "Make all runs, tables and pictures of a tier; finished runs are reused, stopped ones continue.")
     sub.add_argument("--tier", default="quick", help="smoke, quick, full, or a .toml file (default: %(default)s)")
-    sub.add_argument("--template", action="append", default=[], help="only this template; may be repeated (default: all)")
+    sub.add_argument("--template", action="append", default=[], help="only this template; may be repeated (default: the tier's first ones)")
+    sub.add_argument("--all", action="store_true", help="all templates of the tier, also those that take long")
     sub.add_argument("--fresh", action="store_true", help="remove the finished runs of the tier first")
     sub.add_argument("--rebuild", action="store_true", help="run nothing: tables and pictures from the records that are there")
     _execution(sub, workers=True)

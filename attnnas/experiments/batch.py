@@ -63,14 +63,14 @@ def run_template(name: str, parameters: dict, output) -> Path:
 
 # %% ../../nbs/56_experiments.batch.ipynb #46d1bf42
 def reproduce(tier: str = "quick", results="reproduced", templates=(), device: str = "auto", workers: int = 0,
-              fresh: bool = False, rebuild: bool = False, show: bool = True) -> list:
+              fresh: bool = False, rebuild: bool = False, every: bool = False, show: bool = True) -> list:
     """Make all runs of `tier`, then its tables and figures in `results`/<tier>; returns the paths written.
 
-    `templates`: only these (default: all of the tier). Finished runs are reused; `fresh` removes them
+    `templates`: only these (default: the tier's first ones; with `every`, all that it has). Finished runs are reused; `fresh` removes them
     first, and `rebuild` makes none, but takes the records that are there whatever source made them. A template that fails does not stop the others. Raises: AttnnasError at the end, naming what failed.
     """
     setting, results = load_tier(tier), Path(results).resolve()
-    names = [choose(name, list(PLANS), "template") for name in (templates or setting.templates)]
+    names = [choose(name, list(PLANS), "template") for name in (templates or (setting.templates if every else setting.first))]
     paths = {name: template_path(name) for name in names}
     parameters = {"tier": tier, "results": str(results), "device": device, "rebuild": rebuild}
     for path in paths.values(): check_parameters(path, parameters)

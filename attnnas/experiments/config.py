@@ -113,20 +113,26 @@ class Tier:
     model: dict
     templates: dict
     overrides: dict
+    batch: dict
 
-    def run(self, data: str, backbone: str, attention: str, seed: int, head: str = "linear", source=None) -> RunConfig:
-        "The configuration of one run of this tier."
+    @property
+    def first(self) -> list:
+        "The templates of a batch that names none: those of the tier's section `batch`, or all."
+        return self.batch.get("first", list(self.templates))
+
+    def run(self, data: str, backbone: str, attention: str, seed: int, source=None, search=None, **model) -> RunConfig:
+        "The configuration of one run of this tier; `model` and `search` hold fields that differ from the tier's."
         own = self.overrides.get(data, {})
         training = self.training | own.get("training", {})
         if attention == "supergraph": training |= self.search_training
         return RunConfig(
             data=from_fields(DataConfig, {"data": data} | self.data | own.get("data", {})),
-            model=from_fields(ModelConfig, {"backbone": backbone, "attention": attention, "head": head} | self.model),
-            training=from_fields(TrainingConfig, training), search=from_fields(SearchConfig, self.search),
+            model=from_fields(ModelConfig, {"backbone": backbone, "attention": attention} | self.model | model),
+            training=from_fields(TrainingConfig, training), search=from_fields(SearchConfig, self.search | (search or {})),
             source=source, seed=seed)
 
 # %% ../../nbs/50_experiments.config.ipynb #aa4e4bf4
-SECTIONS = ("data", "training", "search_training", "search", "model", "templates", "overrides")
+SECTIONS = ("data", "training", "search_training", "search", "model", "templates", "overrides", "batch")
 
 
 def tiers() -> list:

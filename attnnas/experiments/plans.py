@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'PLANS', 'settings', 'row_runs', 'rows_of', 'table_0_benchmark', 'table_1_nonlocal', 'figure_cells',
-           'figure_attention_maps', 'flat', 'planned']
+           'figure_attention_maps', 'ablation_search', 'finalists', 'flat', 'planned']
 
 # %% ../../nbs/55_experiments.plans.ipynb #c76d35ea
+import dataclasses
+
 from ..core import choose
 from .config import RunConfig, Tier
+from ..space import SearchSpace
 
 # %% ../../nbs/55_experiments.plans.ipynb #b60f951c
 ROWS = {"backbone": dict(attention="none"), "backbone, MLP head": dict(attention="none", head="mlp"),
@@ -57,6 +60,37 @@ def figure_attention_maps(tier: Tier) -> RunConfig:
     return tier.run(s["data"], s["backbone"], "derived", s["seed"], source=tier.run(s["data"], s["backbone"], "supergraph", s["search_seed"]))
 
 
+def ablation_search(tier: Tier) -> dict:
+    """{(data, kind, what, number): run}: what a search finds against what chance finds.
+
+    Kinds: "space" (cells drawn from the whole space), "random" (cells derived from random connection weights), "search" and
+    "derived" by variant of the search, number = seed, and "derivation" with "alpha, beta".
+    """
+    s, runs = settings(tier, "ablation_search"), {}
+    space = SearchSpace(s["operations"], tier.search["width"])
+    variants = {"default": {"search_seeds": s["search_seeds"], "data": s["data"]}} | s["variants"]
+    for data in s["data"]:
+        make = lambda attention, seed, **options: tier.run(data, s["backbone"], attention, seed, **options)
+        for i in range(s["space_cells"]):
+            runs[data, "space", "", i] = make("cell", 0, cell=space.sample(i).to_dict())
+        for i in range(s["random_cells"]): runs[data, "random", "", i] = make("random", i)
+        for name, options in variants.items():
+            if data not in options["data"]: continue
+            for i in options["search_seeds"]:
+                search = make("supergraph", i, search=options.get("search"))
+                runs[data, "search", name, i] = search
+                runs[data, "derived", name, i] = make("derived", i, source=search)
+        for alpha, beta in s["derivations"] if data == s["data"][0] else []:
+            runs[data, "derivation", f"{alpha}, {beta}", 0] = make("derived", 0, source=make("supergraph", 0), alpha=alpha, beta=beta)
+    return runs
+
+
+def finalists(tier: Tier, best: dict) -> dict:
+    "{(data, what): runs, one a finalist seed}: the same run with other seeds, for each run of `best` {(data, what): run}."
+    seeds = settings(tier, "ablation_search")["finalist_seeds"]
+    return {name: [dataclasses.replace(run, seed=seed) for seed in seeds] for name, run in best.items()}
+
+
 def flat(rows: dict) -> list:
     "The configurations of all rows."
     return [run for runs in rows.values() for run in runs]
@@ -64,11 +98,12 @@ def flat(rows: dict) -> list:
 
 PLANS = {"table_0_benchmark": lambda tier: flat(table_0_benchmark(tier)),
          "table_1_nonlocal": lambda tier: flat(table_1_nonlocal(tier)),
+         "ablation_search": lambda tier: list(ablation_search(tier).values()),
          "figure_cells": lambda tier: [figure_cells(tier)],
          "figure_attention_maps": lambda tier: [figure_attention_maps(tier)]}
 
 
 def planned(tier: Tier, templates=None) -> list:
-    "The configurations that `templates` (default: all that the tier has) need, without repetition."
-    names = [choose(name, list(PLANS), "template") for name in (templates or tier.templates)]
+    "The configurations that `templates` (default: the tier's first ones) need, without repetition."
+    names = [choose(name, list(PLANS), "template") for name in (templates or tier.first)]
     return list({run.hash: run for name in names for run in PLANS[name](tier)}.values())

@@ -145,7 +145,7 @@ def _make(config: RunConfig, key: str, store: Store, device: torch.device, progr
         gflops=count_flops(model, shape) / 1e9, seconds=trainer.seconds, peak_memory=peak_memory(device),
         device=device_name(device), threads=torch.get_num_threads(), versions=versions(),
         data={"fingerprint": fingerprint(config.data), "classes": classes} | {f"{split}_clips": len(clips) for split, clips in data.items()},
-        source=numbers_hash(config.model.backbone), cells={site: cell.to_dict() for site, cell in cells.items()},
+        source=numbers_hash(config.model.backbone, config.data.data), cells={site: cell.to_dict() for site, cell in cells.items()},
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     store.put(record)
     store.path(key, "checkpoint.safetensors").unlink(missing_ok=True)

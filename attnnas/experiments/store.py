@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..backbones.registry import MODELS
 from ..core import AttnnasError, choose, content_hash, from_fields, read_json, source_hash, write_json
+from ..data.synthetic import BENCHMARKS
 from .config import RunConfig
 
 # %% ../../nbs/51_experiments.store.ipynb #097d55ba
@@ -22,15 +23,16 @@ SCHEMA_VERSION = 1
 
 
 @lru_cache
-def numbers_hash(backbone: str) -> str:
-    "Hash of the modules that make the numbers of a run with that backbone."
+def numbers_hash(backbone: str, data: str) -> str:
+    "Hash of the modules that make the numbers of a run with that backbone on those data."
     network = choose(backbone, MODELS, "model").partition(":")[0].removeprefix("attnnas.")
-    return source_hash("experiments.run", network, leave_out=("experiments.store",))
+    unused = ("experiments.store", *(["data.video"] if data in BENCHMARKS else []))
+    return source_hash("experiments.run", network, leave_out=unused)
 
 
 def run_key(config: RunConfig, fingerprint: str, source: str | None = None) -> str:
     "The key of a run: configuration, data and package source."
-    source = source or numbers_hash(config.model.backbone)
+    source = source or numbers_hash(config.model.backbone, config.data.data)
     return content_hash({"config": config.to_dict(), "data": fingerprint, "source": source})
 
 # %% ../../nbs/51_experiments.store.ipynb #5783acf7

@@ -91,7 +91,8 @@ def check_comparable(rows):
             protocol = {"package source": record.source, "clips": record.data["fingerprint"], "data": record.config["data"],
                         "training recipe": record.config["training"], "seeds": sorted(r.run.seed for r in row.records)}
             for name, value in protocol.items():
-                known = first.setdefault((row.data, name), value)
+                place = (row.data, row.backbone, name) if name == "package source" else (row.data, name)
+                known = first.setdefault(place, value)
                 if canonical_json(known) != canonical_json(value):
                     raise AttnnasError(f"Row {row.model!r} on {row.data} differs in its {name}: {value} against {known}. "
                                        "Run the rows again with one version and one tier.")
