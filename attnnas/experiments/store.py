@@ -33,7 +33,11 @@ def numbers_hash(backbone: str, data: str) -> str:
 def run_key(config: RunConfig, fingerprint: str, source: str | None = None) -> str:
     "The key of a run: configuration, data and package source."
     source = source or numbers_hash(config.model.backbone, config.data.data)
-    return content_hash({"config": config.to_dict(), "data": fingerprint, "source": source})
+    return _key(config.to_dict(), fingerprint, source)
+
+
+def _key(config: dict, fingerprint: str, source: str) -> str:
+    return content_hash({"config": config, "data": fingerprint, "source": source})
 
 # %% ../../nbs/51_experiments.store.ipynb #5783acf7
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class RunRecord:
                                "Move it away to run it again.")
         try: record = from_fields(cls, values)
         except TypeError as error: raise AttnnasError(f"Record {path} is incomplete: {error}.") from None
-        if run_key(record.run, record.data["fingerprint"], record.source) != record.key:
+        if _key(record.config, record.data["fingerprint"], record.source) != record.key:
             raise AttnnasError(f"Record {path} does not fit its key: it was edited. Move it away to run it again.")
         return record
 
