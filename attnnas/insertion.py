@@ -126,7 +126,7 @@ def _check_module(module, name, shape, device):
         double = copy.deepcopy(module).to(device).eval()
         with torch.no_grad(): output = double(torch.zeros(shape, device=device, dtype=_home(module).dtype))
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise AttnnasError(f"{what} does not take its shape {shape}: {error}.") from error
+        raise AttnnasError(f"{what} does not take its shape {shape}: {str(error).rstrip('.')}.") from error
     if tuple(output.shape) != shape:
         raise AttnnasError(f"{what} turns {shape} into {tuple(output.shape)}. It must keep the shape.")
 

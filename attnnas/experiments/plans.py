@@ -98,6 +98,7 @@ def flat(rows: dict) -> list:
 
 PLANS = {"table_0_benchmark": lambda tier: flat(table_0_benchmark(tier)),
          "table_1_nonlocal": lambda tier: flat(table_1_nonlocal(tier)),
+         "table_5_state_of_the_art": lambda tier: [figure_cells(tier)],
          "ablation_search": lambda tier: list(ablation_search(tier).values()),
          "figure_cells": lambda tier: [figure_cells(tier)],
          "figure_attention_maps": lambda tier: [figure_attention_maps(tier)]}

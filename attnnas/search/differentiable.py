@@ -20,6 +20,7 @@ from ..derivation import Derivation, derive
 from ..fused import FusedSupergraph
 from ..insertion import insert, inserted, site_shapes
 from .cost import expected_cost, operation_costs
+from ..space import CellSpec
 from ..supergraph import ConnectionWeights, Supergraph, default_nodes
 from ..training.loop import Trainer, TrainingConfig, classify
 
@@ -115,6 +116,18 @@ class SearchResult:
     config: SearchConfig
     history: list
     seconds: dict
+
+    method = "differentiable"
+
+    @property
+    def best(self) -> CellSpec:
+        "The cell of the first site, derived with the default alpha and beta."
+        return self.derive().cell
+
+    @property
+    def trajectory(self) -> list[dict]:
+        "After each epoch: its number, and the accuracies of the supergraph in percent; `best` is the validation one."
+        return [{"epoch": e["epoch"], "top1": e["top1"], "best": e.get("validation", {}).get("top1")} for e in self.history]
 
     @property
     def sites(self) -> list: return list(self.history[-1]["connections"])
