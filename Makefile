@@ -6,6 +6,7 @@ RESULTS = reproduced
 DEVICE = auto
 TEMPLATE =
 FRESH =
+ALL =
 WORKERS =
 SLOW =
 
@@ -18,9 +19,9 @@ PINNED := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
-reproduce: .venv/installed  ## Run the evidence notebooks: TIER=quick RESULTS=reproduced DEVICE=auto TEMPLATE= FRESH= WORKERS=
+reproduce: .venv/installed  ## Run the evidence notebooks: TIER=quick RESULTS=reproduced DEVICE=auto TEMPLATE= ALL= FRESH= WORKERS=
 	$(BIN)/attnnas reproduce --tier $(TIER) --results "$(RESULTS)" --device $(DEVICE) \
-	$(if $(TEMPLATE),--template "$(TEMPLATE)") $(if $(FRESH),--fresh) $(if $(WORKERS),--workers $(WORKERS))
+	$(if $(TEMPLATE),--template "$(TEMPLATE)") $(if $(ALL),--all) $(if $(FRESH),--fresh) $(if $(WORKERS),--workers $(WORKERS))
 
 test: .venv/installed  ## Run all tests, the library notebooks among them (SLOW=1: those too that install packages)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 12 $(if $(SLOW),--slow) tests

@@ -21,7 +21,7 @@ from .config import RunConfig
 # %% ../../nbs/51_experiments.store.ipynb #097d55ba
 SCHEMA_VERSION = 1
 
-
+# %% ../../nbs/51_experiments.store.ipynb #22a8f80b
 @lru_cache
 def numbers_hash(backbone: str, data: str) -> str:
     "Hash of the modules that make the numbers of a run with that backbone on those data."
@@ -29,7 +29,7 @@ def numbers_hash(backbone: str, data: str) -> str:
     unused = ("experiments.store", *(["data.video"] if data in BENCHMARKS else []))
     return source_hash("experiments.run", network, leave_out=unused)
 
-
+# %% ../../nbs/51_experiments.store.ipynb #926d723f
 def run_key(config: RunConfig, fingerprint: str, source: str | None = None) -> str:
     "The key of a run: configuration, data and package source."
     source = source or numbers_hash(config.model.backbone, config.data.data)
