@@ -21,7 +21,7 @@ help:  ## List the targets
 
 reproduce: .venv/installed  ## Run the evidence notebooks: TIER=quick RESULTS=reproduced DEVICE=auto TEMPLATE= ALL= FRESH= WORKERS=
 	$(BIN)/attnnas reproduce --tier $(TIER) --results "$(RESULTS)" --device $(DEVICE) \
-	$(if $(TEMPLATE),--template "$(TEMPLATE)") $(if $(ALL),--all) $(if $(FRESH),--fresh) $(if $(WORKERS),--workers $(WORKERS))
+	$(if $(TEMPLATE),--template "$(TEMPLATE)") $(if $(FRESH),--fresh) $(if $(WORKERS),--workers $(WORKERS)) $(if $(ALL),--all)
 
 test: .venv/installed  ## Run all tests, the library notebooks among them (SLOW=1: those too that install packages)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 12 $(if $(SLOW),--slow) tests

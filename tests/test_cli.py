@@ -52,6 +52,12 @@ def test_lists(capsys):
         assert code == 0 and some in out and (count is None or len(out.splitlines()) == count)
 
 
+def test_profile_of_a_network_with_a_cell(made, capsys):
+    code, out, _ = attnnas(capsys, "profile", "i3d_small", "--classes", "12", "--insert", made / "cell.json", "--shape", "3", "8", "24", "24")
+    assert code == 0 and "inserted at 2 sites" in out and "Input: 1 x 3 x 8 x 24 x 24" in out and "Mixed_4b.added" in out
+    assert attnnas(capsys, "profile", "i3d_small", "--insert", "none.json")[0] == 2
+
+
 def test_doctor_names_devices_packages_and_what_tiers_lack(capsys, tmp_path):
     code, out, _ = attnnas(capsys, "doctor", "--results", tmp_path)
     assert code == 0 and "torch" in out and "cpu" in out and "quick tier" in out and "GiB free" in out
@@ -70,7 +76,8 @@ BAD = [(["train", "--data", "nowhere"], "nowhere"), (["train", "--data", "EMPTY"
        (["train", "--cell", "TEXT"], "not JSON"), (["train", "--cell", "none.json"], "none.json"), (["train", "--epochs", "0"], "epochs = 0"),
        (["train", "--device", "cuda:99"], "cuda:99"), (["train", "--device", "tpu"], "tpu"), (["search", "--levels", "0"], "levels = 0"),
        (["reproduce", "--tier", "ful1"], "ful1"), (["reproduce", "--template", "table_9"], "table_9"), (["show", "0000"], "0 runs"),
-       (["train", "--attention", "cell"], "a cell is given exactly where")]
+       (["train", "--attention", "cell"], "a cell is given exactly where"), (["profile", "i3d_smal"], "Did you mean 'i3d_small'"),
+       (["profile", "i3d_small", "--shape", "4", "8", "24", "24"], "takes clips (B, 3"), (["profile", "i3d_small", "--sites", "Mixed_4x", "--insert", "cbam"], "Mixed_4b")]
 
 
 @pytest.mark.parametrize("arguments, message", BAD, ids=[" ".join(a) for a, _ in BAD])

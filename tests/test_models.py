@@ -51,6 +51,22 @@ def test_clips_that_do_not_fit(made, name):
         with pytest.raises(AttnnasError, match=str(channels)): network(torch.empty(bad, device="meta"))
 
 
+@every_model
+def test_forward_and_backward_at_the_smallest_clip(name):
+    "If this fails, a model does not train at the clip that it says it takes, or has parameters that nothing reaches."
+    network = create_model(name, num_classes=7, **({"frames": 4, "size": 64} if name == "mvit_b" else {}))
+    state = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    for batch, mode in ((2, True), (1, False)):  # one clip may leave batch norm a single value: then only evaluation works
+        network.train(mode).zero_grad(set_to_none=True)
+        scores = network(torch.rand(batch, network.in_channels, *network.smallest))
+        scores.square().sum().backward()
+        assert scores.shape == (batch, 7)
+        missing = [key for key, p in network.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+        assert missing == []
+    network.load_state_dict(state)
+    assert all(tensor.equal(state[key]) for key, tensor in network.state_dict().items())
+
+
 def second_count(network, shape) -> int:
     "2 x multiply-adds of convolutions and linear layers, read off their outputs and weights."
     total = 0

@@ -1,5 +1,4 @@
 """Every template runs at the smoke tier through papermill itself, and wrong parameters never start a kernel."""
-import json
 from pathlib import Path
 
 import nbformat
@@ -7,7 +6,10 @@ import pytest
 
 from attnnas.core import AttnnasError
 from attnnas.experiments.batch import check_parameters, reproduce, template_path
-from attnnas.experiments.plans import PLANS
+from attnnas.experiments.config import load_tier
+from attnnas.experiments.plans import PLANS, figure_cells
+from attnnas.experiments.run import key_of
+from attnnas.experiments.store import Store
 
 TEMPLATES = sorted(path.stem for path in (Path(__file__).parent.parent / "nbs/paper").glob("*.ipynb"))
 
@@ -50,8 +52,7 @@ def test_a_second_call_reuses_all_runs(smoke, capsys):
 
 def test_a_fresh_start_makes_the_runs_again(smoke):
     results, _ = smoke
-    record = next(path for path in results.glob("runs/*/record.json")
-                  if json.loads(path.read_text())["config"]["model"]["attention"] == "supergraph")
+    record = Store(results).path(key_of(figure_cells(load_tier("smoke"))))
     before = record.stat().st_mtime_ns
     reproduce("smoke", results, ["figure_cells"], device="cpu", fresh=True, show=False)
     assert record.stat().st_mtime_ns > before
