@@ -11,15 +11,15 @@ from contextlib import contextmanager
 
 from ..core import AttnnasError, stream_seed
 from .base import Past, SearchResult
-from .study import Study, search
+from .study import Study, check_counts, search
 from ..space import CellSpec, SearchSpace
 
 # %% ../../nbs/43_search.bandit.ipynb #8f426155
 def distributions(space: SearchSpace) -> dict:
     "optuna's description of `space.parameters`."
     from optuna.distributions import CategoricalDistribution, IntDistribution
-    return {name: IntDistribution(0, values.stop - 1) if name.startswith("inputs") else CategoricalDistribution(tuple(values))
-            for name, values in space.parameters.items()}
+    return {name: IntDistribution(0, n.stop - 1) if name.startswith("inputs") else CategoricalDistribution(tuple(n))
+            for name, n in space.parameters.items()}
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def _quiet():
 
 # %% ../../nbs/43_search.bandit.ipynb #0236a472
 def propose(past: Past, startup: int) -> CellSpec | None:
-    "The cell of the highest expected improvement, or one near it that is new; a random cell in the first `startup` trials."
+    "The cell of the highest expected improvement, or a new one near it; in the first `startup` trials a random one."
     scores = [trial.score for trial in past.finished if trial.score is not None]
     if past.number < startup or not scores: return past.draw()
     import optuna
@@ -53,11 +53,12 @@ def bandit(space: SearchSpace, objective: Callable, trials: int = 100, seed: int
            show: bool = True, startup: int = 10) -> SearchResult:
     """Bayesian optimisation by optuna's Gaussian process; the first `startup` cells are random.
 
-    The other arguments are those of `random`; `space` has at least two cells. Raises: AttnnasError where optuna is missing, or
-    for a `startup` below 1; as `random`. Source: [choice], see above.
+    The other arguments are those of `random`. Raises: AttnnasError where optuna is missing, and for a `startup` of
+    none; as `random`. Source: optuna's GPSampler; that it is the paper's bandit is not said [choice].
     """
     try: import optuna, scipy  # noqa: F401, E401
     except ModuleNotFoundError as error:
         raise AttnnasError(f"The bandit needs the package {error.name}: pip install 'attnnas[search]'.") from None
-    if type(startup) is not int or startup < 1: raise AttnnasError(f"startup must be a whole number, at least 1; got {startup!r}.")
-    return search(Study("bandit", propose, {"startup": startup}, space, objective, seed), trials, journal, workers, show)
+    settings = {"startup": startup}
+    check_counts(**settings)
+    return search(Study("bandit", propose, settings, space, objective, seed), trials, journal, workers, show)

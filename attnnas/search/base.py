@@ -66,8 +66,8 @@ def try_cell(objective: Callable, trial: Trial) -> Trial:
     if "score" not in outcome:
         raise AttnnasError(f"The objective gave {', '.join(outcome) or 'nothing'}; expected a dictionary with a score.")
     score, reason = outcome.pop("score"), outcome.pop("reason", None)
-    common = dict(seconds=trial.seconds | outcome.pop("seconds", spent), multiply_adds=int(outcome.pop("multiply_adds", 0)),
-                  metrics=outcome)
+    common = dict(seconds=trial.seconds | outcome.pop("seconds", spent),
+                  multiply_adds=int(outcome.pop("multiply_adds", 0)), metrics=outcome)
     if score is None or not math.isfinite(score):
         return replace(trial, status="diverged", reason=reason or f"the score is {score}", **common)
     return replace(trial, status="finished", score=float(score), **common)
@@ -106,7 +106,8 @@ class SearchResult:
     @property
     def seconds(self) -> dict:
         "Seconds of all trials: wall and cpu of the training, and wall of the proposals."
-        return {name: sum(trial.seconds.get(name, 0.0) for trial in self.trials) for name in ("wall", "cpu", "proposal")}
+        kinds = ("wall", "cpu", "proposal")
+        return {kind: sum(trial.seconds.get(kind, 0.0) for trial in self.trials) for kind in kinds}
 
     @property
     def multiply_adds(self) -> int:
@@ -115,9 +116,9 @@ class SearchResult:
 
     @property
     def trajectory(self) -> list[dict]:
-        """After each trial: trials, seconds (wall, proposals included) and multiply_adds so far; the best score, its regret.
+        """After each trial: trials, seconds (wall, with proposals) and multiply_adds so far; best score and its regret.
 
-        Both are None before the first trial that finished, and `regret` also where the objective knows none.
+        These two are None before the first trial that finished, and `regret` also where the objective knows none.
         """
         rows, best, seconds, multiply_adds = [], None, 0.0, 0
         for trials, trial in enumerate(self.trials, 1):
@@ -140,9 +141,10 @@ class SearchResult:
         if (version := values.pop("schema_version", None)) != SCHEMA_VERSION:
             raise AttnnasError(f"The search result has schema version {version}, expected {SCHEMA_VERSION}.")
         try:
-            parts = {"space": from_fields(SearchSpace, values["space"]), "trials": tuple(map(Trial.from_dict, values["trials"]))}
-            return from_fields(cls, values | parts)
-        except (KeyError, TypeError) as error: raise AttnnasError(f"The search result is incomplete: {error}.") from None
+            space, trials = from_fields(SearchSpace, values["space"]), tuple(map(Trial.from_dict, values["trials"]))
+            return from_fields(cls, values | {"space": space, "trials": trials})
+        except (KeyError, TypeError) as error:
+            raise AttnnasError(f"The search result is incomplete: {error}.") from None
 
 # %% ../../nbs/38_search.base.ipynb #41a9db5f
 PATIENCE = 1000  # candidates that are looked at before the rest of the space is listed
@@ -198,8 +200,8 @@ class CellTraining:
     """An objective: train `backbone(classes)` with the cell at `sites` on `clips`; top-1 on `validation`, in percent.
 
     `backbone`: a function of the number of classes, such as partial(create_model, "i3d_small"). `sites`: default
-    the network's own. Metrics: loss and count of the validation clips; network_multiply_adds, of one clip's forward pass.
-    Raises: AttnnasError for an unknown site.
+    the network's own. Metrics: loss and count of the validation clips; network_multiply_adds, of one clip's forward
+    pass. Raises: AttnnasError for an unknown site.
     """
     backbone: Callable
     clips: ClipSource

@@ -10,14 +10,14 @@ import math
 from collections.abc import Callable
 from itertools import islice
 
-from ..core import AttnnasError, stream_seed
+from ..core import stream_seed
 from .base import Past, SearchResult
-from .study import Study, search
+from .study import Study, check_counts, search
 from ..space import CellSpec, SearchSpace
 
 # %% ../../nbs/42_search.evolution.ipynb #bd37c81c
 def propose(past: Past, population: int, tournament: int) -> CellSpec | None:
-    "A mutation of the best of `tournament` cells drawn from the last `population`; a random cell until there are so many."
+    "A mutation of the best of `tournament` cells drawn from the last `population`; until there are so many, any cell."
     if past.number < population or not past.finished: return past.draw()
     alive = past.finished[-population:]
     drawn = [alive[stream_seed(past.seed, "tournament", past.number, k) % len(alive)] for k in range(tournament)]
@@ -33,6 +33,5 @@ def evolution(space: SearchSpace, objective: Callable, trials: int = 100, seed: 
     other arguments are those of `random`. Raises: AttnnasError for a population or tournament of none; as `random`.
     """
     settings = {"population": population, "tournament": tournament}
-    for name, value in settings.items():
-        if type(value) is not int or value < 1: raise AttnnasError(f"{name} must be a whole number, at least 1; got {value!r}.")
+    check_counts(**settings)
     return search(Study("evolution", propose, settings, space, objective, seed), trials, journal, workers, show)

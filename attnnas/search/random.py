@@ -17,7 +17,7 @@ def random(space: SearchSpace, objective: Callable, trials: int = 100, seed: int
            show: bool = True) -> SearchResult:
     """Random search: `trials` different cells of `space`, each description being equally likely.
 
-    `objective(cell, seed)` gives a dictionary with a score to maximise, see `CellTraining`. The other arguments are those of
-    `attnnas.search.study.search`. Raises: as it does.
+    `objective(cell, seed)` gives a dictionary with a score to maximise, see `CellTraining`. The other arguments are
+    those of `attnnas.search.study.search`. Raises: as it does.
     """
     return search(Study("random", Past.draw, {}, space, objective, seed), trials, journal, workers, show)

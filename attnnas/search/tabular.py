@@ -13,6 +13,7 @@ import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +36,9 @@ FIELDS = ("cell", "hash", "seed", "status", "validation", "test", "seconds", "mu
 class TabularBenchmark:
     """Every different cell of `space`, trained with several seeds.
 
-    `runs`: dictionaries with `FIELDS`, see `run_of`; scores are in percent and None where the run diverged. `provenance`:
-    how the table was made: command, configuration, hashes of data and source.
-    Raises: AttnnasError for a run that is missing, twice, of another space or not well-formed.
+    `runs`: dictionaries with `FIELDS`, see `run_of`; scores are in percent and None where the run diverged.
+    `provenance`: how the table was made: command, configuration, hashes of data and source.
+    Raises: AttnnasError for a run that is missing, there twice, of another space or not well-formed.
     """
     space: SearchSpace
     runs: tuple
@@ -47,10 +48,11 @@ class TabularBenchmark:
         known = {self.space.index(cell): name for name, cell in different_cells(self.space).items()}
         for run in self.runs: _check_run(run, known)
         have = Counter((run["hash"], run["seed"]) for run in self.runs)
-        want = {(name, seed) for name in known.values() for seed in {run["seed"] for run in self.runs}}
+        want = set(product(known.values(), self.seeds))
         if not have or want != set(have) or max(have.values()) > 1:
-            raise AttnnasError(f"The table has {len(self.runs)} runs of {len(known)} cells; {len(want - set(have))} are missing and "
-                               f"{len(self.runs) - len(have)} are there twice. Give one for each cell and seed.")
+            missing, spare = len(want - set(have)), len(self.runs) - len(have)
+            raise AttnnasError(f"The table has {len(self.runs)} runs of {len(known)} cells; {missing} are missing and "
+                               f"{spare} are there twice. Give one for each cell and seed.")
         order = sorted(self.runs, key=lambda run: (run["cell"], run["seed"]))
         object.__setattr__(self, "runs", tuple(order))
 
@@ -95,9 +97,9 @@ class TabularBenchmark:
 
     @property
     def noise(self) -> dict:
-        """By split: `sd` between runs of one cell, `between` (the sd between cells), `share` of sd^2 in one run's variance.
+        """By split: `sd` of runs of one cell, `between` (the cells' own sd), `share` of sd^2 in single runs' variance.
 
-        Runs that diverged are left out. Source: one-way analysis of variance, see above.
+        Runs that diverged are left out. Source: one-way analysis of variance.
         """
         return {split: _noise(self.columns[split]) for split in ("validation", "test")}
 
@@ -108,15 +110,17 @@ class TabularBenchmark:
 
     def save(self, path):
         "Write as compressed JSON (.json.gz): the same bytes for the same table."
-        value = {"schema_version": SCHEMA_VERSION, "space": asdict(self.space), "provenance": self.provenance, "runs": self.runs}
+        value = {"schema_version": SCHEMA_VERSION, "space": asdict(self.space), "runs": self.runs,
+                 "provenance": self.provenance}
         write_atomic(path, gzip.compress(canonical_json(value).encode(), mtime=0))
 
     @classmethod
     def load(cls, path) -> "TabularBenchmark":
-        "Read what `save` wrote. Raises: AttnnasError for a file that is missing, damaged, of another version or incomplete."
+        "Read what `save` wrote. Raises: AttnnasError for a file that is missing, damaged, incomplete or too new."
         try: value = json.loads(gzip.decompress(Path(path).read_bytes()))
         except (OSError, EOFError, zlib.error, ValueError) as error:
-            raise AttnnasError(f"Could not read the table {path}: {getattr(error, 'strerror', None) or error}.") from None
+            reason = getattr(error, "strerror", None) or error
+            raise AttnnasError(f"Could not read the table {path}: {reason}.") from None
         if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
             raise AttnnasError(f"{path} is not a table of schema version {SCHEMA_VERSION}.")
         try: return cls(from_fields(SearchSpace, value["space"]), tuple(value["runs"]), value["provenance"])
@@ -126,16 +130,17 @@ class TabularBenchmark:
 def run_of(space: SearchSpace, cell: CellSpec, seed: int, validation, test, seconds: float, multiply_adds: int) -> dict:
     "One run as the table has it; `validation` and `test` are None for one that diverged."
     cell = cell.canonical()
-    return dict(cell=space.index(cell), hash=cell.hash, seed=seed, status="diverged" if validation is None else "finished",
-                validation=validation, test=test, seconds=seconds, multiply_adds=multiply_adds)
+    status = "diverged" if validation is None else "finished"
+    return dict(cell=space.index(cell), hash=cell.hash, seed=seed, status=status, validation=validation, test=test,
+                seconds=seconds, multiply_adds=multiply_adds)
 
 
 def _check_run(run, known: dict):
     if not isinstance(run, dict) or set(run) != set(FIELDS):
         raise AttnnasError(f"A run has the fields {', '.join(FIELDS)}; got {run!r}.")
     if known.get(run["cell"]) != run["hash"]:
-        raise AttnnasError(f"Cell {run['cell']!r} of the space has the hash {known.get(run['cell'])}, in the table {run['hash']!r}: "
-                           "the table is of another space, or was edited.")
+        raise AttnnasError(f"Cell {run['cell']!r} of the space has the hash {known.get(run['cell'])}, in the table "
+                           f"{run['hash']!r}: the table is of another space, or was edited.")
     numbers = [isinstance(run[name], (int, float)) and math.isfinite(run[name]) for name in FIELDS[4:]]
     diverged = run["status"] == "diverged" and run["validation"] is run["test"] is None
     if not all(numbers[2:]) or not (diverged or run["status"] == "finished" and all(numbers)):
@@ -145,7 +150,8 @@ def _check_run(run, known: dict):
 def _noise(scores: np.ndarray) -> dict:
     counts = (~np.isnan(scores)).sum(1)
     scores, counts = scores[counts > 0], counts[counts > 0]
-    if (counts - 1).sum() == 0: raise AttnnasError("The noise takes two finished runs of a cell: train it with more seeds.")
+    if (counts - 1).sum() == 0:
+        raise AttnnasError("The noise takes two finished runs of a cell: train the cells with more seeds.")
     means = np.nanmean(scores, 1)
     noise = np.nansum((scores - means[:, None]) ** 2) / (counts - 1).sum()
     between = max(0.0, means.var(ddof=1) - noise * (1 / counts).mean())
@@ -159,7 +165,8 @@ class TabularObjective:
     seed: int
 
     @cached_property
-    def settings(self) -> dict: return {"table": content_hash([asdict(self.benchmark.space), self.benchmark.runs]), "seed": self.seed}
+    def settings(self) -> dict:
+        return {"table": content_hash([asdict(self.benchmark.space), self.benchmark.runs]), "seed": self.seed}
 
     def __call__(self, cell: CellSpec, seed: int) -> dict:
         table = self.benchmark
