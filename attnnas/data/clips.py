@@ -18,7 +18,7 @@ from ..core import AttnnasError, content_hash
 # %% ../../nbs/01_data.clips.ipynb #0dc6e6e9
 @runtime_checkable
 class ClipSource(Protocol):
-    "Labelled clips, read by index: labels int64 (N,), groups columns of N strings, batch -> uint8 (B, 3, T, H, W)."
+    "Labelled clips, read by index: labels int64 (N,), groups columns of N strings, batch -> uint8 (B, C, T, H, W)."
     labels: Tensor
     classes: list
     groups: dict
@@ -31,7 +31,7 @@ class ClipSource(Protocol):
 class Clips:
     """A clip source in memory.
 
-    video uint8 (N, 3, T, H, W), on any device; labels int64 (N,); groups: columns of N strings;
+    video uint8 (N, C, T, H, W), on any device: C = 3 colours or 2 components of optical flow; labels int64 (N,); groups: columns of N strings;
     factors: tensors (N, ...) of whatever else is known of a clip.
     Raises: AttnnasError where a shape, a type or a label does not fit.
     """
@@ -43,9 +43,9 @@ class Clips:
     fingerprint: str = ""
 
     def __post_init__(self):
-        if self.video.ndim != 5 or self.video.dtype != torch.uint8 or self.video.shape[1] != 3:
+        if self.video.ndim != 5 or self.video.dtype != torch.uint8 or self.video.shape[1] not in (3, 2):
             raise AttnnasError(f"video is {self.video.dtype} of shape {tuple(self.video.shape)}; "
-                               "expected uint8 (N, 3, T, H, W).")
+                               "expected uint8 (N, 3, T, H, W), or (N, 2, T, H, W) of optical flow.")
         columns = {"labels": self.labels} | self.groups | self.factors
         short = [name for name, column in columns.items() if len(column) != len(self)]
         if short:
@@ -59,7 +59,7 @@ class Clips:
     def __len__(self) -> int: return len(self.video)
 
     def batch(self, indices: Tensor) -> Tensor:
-        "The clips at `indices` (B,): uint8 (B, 3, T, H, W)."
+        "The clips at `indices` (B,): uint8 (B, C, T, H, W)."
         return self.video[indices.to(self.video.device)]
 
     def subset(self, indices) -> "Clips":

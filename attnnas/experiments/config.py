@@ -23,6 +23,7 @@ from ..training.loop import TrainingConfig
 class DataConfig:
     "Which clips, how many and how large. `data` is a set of the embedded benchmark or a folder of videos."
     data: str = option("A", "data set A or B of the embedded benchmark, or a folder of videos (split/class/clip.mp4)")
+    modality: str = option("rgb", "what a clip shows: colours, or the optical flow that is estimated from them", choices=("rgb", "flow"))
     frames: int = option(16, "frames T of a clip", minimum=4)
     size: int = option(32, "height and width of a clip in pixels", minimum=16)
     train_clips: int = option(3000, "training clips of the embedded benchmark; a folder gives all it has", minimum=1)

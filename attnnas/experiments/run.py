@@ -27,6 +27,7 @@ from .store import RunRecord, Store, numbers_hash, run_key
 from ..insertion import insert
 from ..non_local import NonLocalBlock
 from ..profile import count_flops
+from ..search.cost import training_multiply_adds
 from ..search.differentiable import SearchResult, insert_supergraphs, search_trainer
 from ..space import CellSpec
 from ..training.evaluation import evaluate
@@ -37,11 +38,17 @@ from ..training.loop import Trainer
 def open_data(config: DataConfig) -> dict:
     """{"train", "validation", "test"}: the clips of `config`.
 
-    Raises: AttnnasError for an unknown data set and for a folder that is missing or empty.
+    Raises: AttnnasError for an unknown data set, for a folder that is missing or empty, and for the flow of a folder.
     """
     if config.data in BENCHMARKS:
         settings = benchmark(config.data, frames=config.frames, size=config.size)
-        return {split: make_clips(settings, split, getattr(config, f"{split}_clips"), seed=config.data_seed) for split in SPLITS}
+        clips = {split: make_clips(settings, split, getattr(config, f"{split}_clips"), seed=config.data_seed) for split in SPLITS}
+        if config.modality == "rgb": return clips
+        from attnnas.data.flow import flow_clips
+        return {split: flow_clips(colours) for split, colours in clips.items()}
+    if config.modality == "flow":
+        raise AttnnasError(f"modality is 'flow' and data is the folder {config.data!r}; flow is estimated for the embedded sets "
+                           f"only: {', '.join(BENCHMARKS)}.")
     return {split: VideoFolder(config.data, split, frames=config.frames, size=config.size) for split in SPLITS}
 
 
@@ -53,7 +60,7 @@ def fingerprint(config: DataConfig) -> str:
     if config.data in BENCHMARKS:
         settings = benchmark(config.data, frames=config.frames, size=config.size)
         counts = [getattr(config, f"{split}_clips") for split in SPLITS]
-        return content_hash([SCHEMA, dataclasses.asdict(settings), counts, config.data_seed])
+        return content_hash([SCHEMA, dataclasses.asdict(settings), counts, config.data_seed, config.modality])
     return content_hash([clips.fingerprint for clips in open_data(config).values()])
 
 # %% ../../nbs/52_experiments.run.ipynb #d98486cb
@@ -75,13 +82,17 @@ def cells_of(config: RunConfig, sites, store: Store) -> dict:
 
 def search_result(record: RunRecord) -> SearchResult:
     "The SearchResult of a search's record."
-    return SearchResult(record.run.search, record.history, record.seconds)
+    clips, epochs = record.data, len(record.history)
+    cost = training_multiply_adds(round(record.gflops * 1e9 / 2), epochs * clips["train_clips"], epochs * clips["validation_clips"])
+    provenance = {"source": record.source, "data": clips["fingerprint"], "versions": record.versions, "device": record.device}
+    return SearchResult(record.run.search, record.history, record.seconds, record.run.seed, cost, provenance)
 
 
 def create_backbone(config: RunConfig, classes: int) -> nn.Module:
     "The network of `config`, before anything is inserted."
-    head = {} if config.model.head == "linear" else {"head": config.model.head}
-    return create_model(config.model.backbone, num_classes=classes, **head)
+    options = {} if config.model.head == "linear" else {"head": config.model.head}
+    if config.data.modality == "flow": options["in_channels"] = 2
+    return create_model(config.model.backbone, num_classes=classes, **options)
 
 
 def build_model(config: RunConfig, classes: int, cells: dict) -> nn.Module:
@@ -145,7 +156,7 @@ def _make(config: RunConfig, key: str, store: Store, device: torch.device, progr
         gflops=count_flops(model, shape) / 1e9, seconds=trainer.seconds, peak_memory=peak_memory(device),
         device=device_name(device), threads=torch.get_num_threads(), versions=versions(),
         data={"fingerprint": fingerprint(config.data), "classes": classes} | {f"{split}_clips": len(clips) for split, clips in data.items()},
-        source=numbers_hash(config.model.backbone, config.data.data), cells={site: cell.to_dict() for site, cell in cells.items()},
+        source=numbers_hash(config.model.backbone, config.data.data, config.data.modality), cells={site: cell.to_dict() for site, cell in cells.items()},
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     store.put(record)
     store.path(key, "checkpoint.safetensors").unlink(missing_ok=True)

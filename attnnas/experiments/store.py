@@ -23,16 +23,16 @@ SCHEMA_VERSION = 1
 
 # %% ../../nbs/51_experiments.store.ipynb #22a8f80b
 @lru_cache
-def numbers_hash(backbone: str, data: str) -> str:
+def numbers_hash(backbone: str, data: str, modality: str = "rgb") -> str:
     "Hash of the modules that make the numbers of a run with that backbone on those data."
     network = choose(backbone, MODELS, "model").partition(":")[0].removeprefix("attnnas.")
-    unused = ("experiments.store", *(["data.video"] if data in BENCHMARKS else []))
+    unused = ("experiments.store", *["data.video"] * (data in BENCHMARKS), *["data.flow"] * (modality == "rgb"))
     return source_hash("experiments.run", network, leave_out=unused)
 
 # %% ../../nbs/51_experiments.store.ipynb #926d723f
 def run_key(config: RunConfig, fingerprint: str, source: str | None = None) -> str:
     "The key of a run: configuration, data and package source."
-    source = source or numbers_hash(config.model.backbone, config.data.data)
+    source = source or numbers_hash(config.model.backbone, config.data.data, config.data.modality)
     return _key(config.to_dict(), fingerprint, source)
 
 

@@ -19,6 +19,7 @@ from ..core import AttnnasError, from_fields, seed_everything, source_hash, stre
 from ..data.clips import ClipSource
 from ..insertion import insert
 from ..profile import count_flops
+from .cost import training_multiply_adds
 from ..space import CellSpec, SearchSpace
 from ..training.evaluation import Diverged, evaluate
 from ..training.loop import Trainer, TrainingConfig
@@ -224,8 +225,8 @@ class CellTraining:
         shape = (1, *self.clips.batch(torch.zeros(1, dtype=torch.int64)).shape[1:])
         forward = count_flops(model, shape) // 2
         trainer = Trainer(model, self.clips, self.training, seed=seed, device=self.device)
-        passes = 3 * len(trainer.fit()) * len(self.clips) + len(self.validation)
-        cost = {"multiply_adds": passes * forward, "network_multiply_adds": forward}
+        cost = training_multiply_adds(forward, len(trainer.fit()) * len(self.clips), len(self.validation))
+        cost = {"multiply_adds": cost, "network_multiply_adds": forward}
         if trainer.diverged: return cost | {"score": None, "reason": trainer.diverged}
         found = evaluate(model, self.validation, self.training.batch_size, self.device)
         return cost | {"score": found["top1"], "loss": found["loss"], "count": found["count"]}

@@ -8,18 +8,19 @@ __all__ = ['SearchConfig', 'insert_supergraphs', 'supergraphs', 'connection_para
 
 # %% ../../nbs/40_search.differentiable.ipynb #45058aa2
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..attention import ACTIVATIONS
-from ..core import AttnnasError, check, choose, option
+from ..core import AttnnasError, check, choose, option, source_hash, versions
 from ..derivation import Derivation, derive
 from ..fused import FusedSupergraph
 from ..insertion import insert, inserted, site_shapes
-from .cost import expected_cost, operation_costs
+from ..profile import count_flops
+from .cost import expected_cost, operation_costs, training_multiply_adds
 from ..space import CellSpec
 from ..supergraph import ConnectionWeights, Supergraph, default_nodes
 from ..training.loop import Trainer, TrainingConfig, classify
@@ -111,13 +112,23 @@ class SearchResult:
     """What a search leaves: connection weights by site and by epoch, and the metrics of its training.
 
     `history[epoch]["connections"][site]` holds `level` (m-1, n, n), `sink` (m, n) and `activation`
-    (m, n, 4) or None, as they were used at the end of that epoch.
+    (m, n, 4) or None, as they were used at the end of that epoch. `seconds` (wall, cpu) and `multiply_adds` are
+    those of the whole search; `provenance` says what source, data and versions made it. What a black-box search's
+    result has under the same names means the same.
     """
     config: SearchConfig
     history: list
     seconds: dict
+    seed: int = 0
+    multiply_adds: int = 0
+    provenance: dict = field(default_factory=dict)
 
     method = "differentiable"
+
+    @property
+    def settings(self) -> dict:
+        "The fields of `config`."
+        return asdict(self.config)
 
     @property
     def best(self) -> CellSpec:
@@ -126,8 +137,9 @@ class SearchResult:
 
     @property
     def trajectory(self) -> list[dict]:
-        "After each epoch: its number, and the accuracies of the supergraph in percent; `best` is the validation one."
-        return [{"epoch": e["epoch"], "top1": e["top1"], "best": e.get("validation", {}).get("top1")} for e in self.history]
+        "After each epoch: its number, multiply_adds so far, the supergraph's accuracies in percent; `best` is the validation one."
+        return [{"epoch": e["epoch"], "multiply_adds": self.multiply_adds * number // len(self.history), "top1": e["top1"],
+                 "best": e.get("validation", {}).get("top1")} for number, e in enumerate(self.history, 1)]
 
     @property
     def sites(self) -> list: return list(self.history[-1]["connections"])
@@ -168,4 +180,7 @@ def differentiable(model: nn.Module, clips, search: SearchConfig = SearchConfig(
     trainer = search_trainer(model, clips, search, training, **options)
     history = trainer.fit()
     if trainer.diverged: raise AttnnasError(f"The search diverged: {trainer.diverged}. Lower the learning rate.")
-    return SearchResult(search, history, trainer.seconds)
+    forward = count_flops(model, (1, *clips.batch(torch.zeros(1, dtype=torch.long)).shape[1:])) // 2
+    cost = training_multiply_adds(forward, len(history) * len(clips), len(history) * len(trainer.validation or ()))
+    provenance = {"source": source_hash("search.differentiable"), "data": clips.fingerprint, "versions": versions()}
+    return SearchResult(search, history, trainer.seconds, trainer.seed, cost, provenance)
