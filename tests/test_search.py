@@ -406,10 +406,13 @@ def test_a_table_knows_its_noise_its_best_cell_and_every_description(tmp_path):
     for cell in table.cells[::100]: assert table.regret(cell) == pytest.approx(mean(table.optimum) - mean(cell))
     for cell in map(space.sample, range(50)):
         assert table.objective(5)(cell, 0) == table.objective(5)(cell.canonical(), 1)
+        alone, together = [table.objective(seed)(cell, 0) for seed in table.seeds], table.objective()(cell, 0)
+        assert together["score"] == pytest.approx(np.mean([one["score"] for one in alone]))
+        assert together["seconds"] == {"wall": 27.0} and together["multiply_adds"] == 21 and together["regret"] == alone[0]["regret"]
     table.save(tmp_path / "t.json.gz")
     again = TabularBenchmark.load(tmp_path / "t.json.gz")
     assert again.runs == table.runs and describe(again.objective(1)) == describe(table.objective(1))
-    assert describe(table.objective(0)) != describe(table.objective(1))
+    assert len({str(describe(table.objective(seed))) for seed in (0, 1, None)}) == 3
     with pytest.raises(AttnnasError, match="seeds 0, 1, 5, not 2"): table.objective(2)
     with pytest.raises(AttnnasError, match="not in the table"): table.regret(SearchSpace(3)[0])
 
@@ -422,6 +425,7 @@ def test_a_run_that_diverged_counts_as_the_worst(tmp_path):
     damaged = TabularBenchmark(small, runs, {})
     lowest = min(run["test"] for run in table.runs)
     assert damaged.means["test"][table.row(best)] == (worth(best) + lowest) / 2 and damaged.noise["test"]["sd"] == 0
+    assert damaged.objective()(best, 0)["score"] is None is not damaged.objective(0)(best, 0)["score"]
     result = random(small, damaged.objective(1), 24)
     assert [trial.cell.hash for trial in result.trials if trial.status == "diverged"] == [best.hash]
     assert result.seconds["wall"] == 24 * 9 and result.multiply_adds == 24 * 7

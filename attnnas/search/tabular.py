@@ -103,9 +103,13 @@ class TabularBenchmark:
         """
         return {split: _noise(self.columns[split]) for split in ("validation", "test")}
 
-    def objective(self, seed: int) -> "TabularObjective":
-        "An objective that looks up the runs of `seed`. Raises: AttnnasError for a seed that the table does not have."
-        if seed in self.seeds: return TabularObjective(self, seed)
+    def objective(self, seed: int | None = None) -> "TabularObjective":
+        """An objective that looks up the runs of `seed`, or of every seed: a trial then trains its cell with each.
+
+        Raises: AttnnasError for a seed that the table does not have.
+        """
+        if seed is None: return TabularObjective(self, tuple(self.seeds))
+        if seed in self.seeds: return TabularObjective(self, (seed,))
         raise AttnnasError(f"The table has the seeds {', '.join(map(str, self.seeds))}, not {seed!r}.")
 
     def save(self, path):
@@ -160,17 +164,22 @@ def _noise(scores: np.ndarray) -> dict:
 # %% ../../nbs/44_search.tabular.ipynb #33fa9b44
 @dataclass(frozen=True)
 class TabularObjective:
-    "The runs of one seed, as an objective: score on validation, cost, and as metrics the test score and the regret."
+    """The runs of `seeds` as an objective: mean score on validation, summed cost, as metrics mean test score and regret.
+
+    A trial has diverged where any of its runs did.
+    """
     benchmark: TabularBenchmark
-    seed: int
+    seeds: tuple
 
     @cached_property
     def settings(self) -> dict:
-        return {"table": content_hash([asdict(self.benchmark.space), self.benchmark.runs]), "seed": self.seed}
+        return {"table": content_hash([asdict(self.benchmark.space), self.benchmark.runs]), "seeds": self.seeds}
 
     def __call__(self, cell: CellSpec, seed: int) -> dict:
-        table = self.benchmark
-        run = table.runs[table.row(cell) * len(table.seeds) + table.seeds.index(self.seed)]
-        outcome = {"score": run["validation"], "test": run["test"], "regret": table.regret(cell),
-                   "seconds": {"wall": run["seconds"]}, "multiply_adds": run["multiply_adds"]}
-        return outcome if run["status"] == "finished" else outcome | {"reason": "it diverged in the table"}
+        table, row = self.benchmark, self.benchmark.row(cell)
+        runs = [table.runs[row * len(table.seeds) + table.seeds.index(s)] for s in self.seeds]
+        total = lambda name: sum(run[name] for run in runs)
+        cost = {"seconds": {"wall": total("seconds")}, "multiply_adds": total("multiply_adds"), "regret": table.regret(cell)}
+        if any(run["status"] == "diverged" for run in runs):
+            return cost | {"score": None, "test": None, "reason": "it diverged in the table"}
+        return cost | {"score": total("validation") / len(runs), "test": total("test") / len(runs)}
