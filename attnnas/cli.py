@@ -8,6 +8,7 @@ __all__ = ['PARTS', 'INSERTED', 'run_from_options', 'parser', 'main']
 # %% ../nbs/90_cli.ipynb #71b6bb2c
 import argparse
 import dataclasses
+import json
 import importlib.metadata
 import re
 import shutil
@@ -18,9 +19,8 @@ import torch
 
 from .core import AttnnasError, choose, device_name, read_json
 from .backbones.registry import builder, create_model, describe_models
-from .data.synthetic import BENCHMARKS
 from .experiments.batch import project_folder, reproduce
-from .experiments.config import DataConfig, ModelConfig, RunConfig, SearchConfig, TrainingConfig, load_tier, tiers
+from .experiments.config import EMBEDDED, DataConfig, ModelConfig, RunConfig, SearchConfig, TrainingConfig, load_tier, tiers
 from .experiments.executor import execute
 from .experiments.plans import PLANS, planned
 from .experiments.run import key_of, search_result
@@ -46,11 +46,19 @@ def _add_fields(parser, cls):
                            choices=field.metadata["choices"] or None, help=field.metadata["help"].replace("%", "%%"), **options)
 
 # %% ../nbs/90_cli.ipynb #671bc554
+def _json(text: str) -> dict:
+    try: value = json.loads(text)
+    except ValueError: value = None
+    if isinstance(value, dict): return value
+    raise AttnnasError(f"--options is {text!r}; expected JSON such as '{{\"width\": 0.35}}'.")
+
+
 def run_from_options(args) -> RunConfig:
     "The configuration of `args`: the tier's, with every option that was given on top."
     given, tier = vars(args), load_tier(args.tier)
     attention = "supergraph" if args.command == "search" else given.get("attention", "cell" if "cell" in given else "none")
     if isinstance(given.get("cell"), str): given["cell"] = CellSpec.load(given["cell"]).to_dict()
+    if "options" in given: given["options"] = _json(given["options"])
 
     def part(name: str, base: dict) -> dict:
         names = {field.name for field in dataclasses.fields(PARTS[name])}
@@ -163,7 +171,7 @@ def _missing(tier: str, packages: dict) -> list:
     lacking = [f"{name} (pip install 'attnnas[notebooks]')" for name, version in packages.get("notebooks", {}).items() if version is None]
     try: project_folder()
     except AttnnasError: lacking.append("the repository with nbs/paper")
-    data = {run.data.data for run in planned(load_tier(tier))} - set(BENCHMARKS)
+    data = {run.data.data for run in planned(load_tier(tier))} - set(EMBEDDED)
     lacking += [f"the data folder {folder}" for folder in sorted(data) if not Path(folder).is_dir()]
     if data and not torch.cuda.is_available(): lacking.append("a CUDA device")
     return lacking

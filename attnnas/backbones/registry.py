@@ -13,12 +13,13 @@ from .base import Backbone
 from ..core import AttnnasError, choose
 
 # %% ../../nbs/28_backbones.registry.ipynb #b0708348
-MODELS = {name: f"attnnas.backbones.{module}:{name}" for module, names in {
-    "inception": ("i3d", "s3d", "i3d_small", "s3d_small"),
-    "resnet": ("i3d_r50", "slowfast_r50", "r2plus1d_r50"),
-    "frames": ("r50_frames", "tsn_r50", "tsn_irv2", "tsn_two_stream", "two_stream", "trn_multiscale",
-               "trn_two_stream", "stnet", "stnet_irv2", "cnn_lstm"),
-    "zoo": ("c3d", "mvit_b", "d3d"), "assemblenet": ("assemblenet_50",),
+MODELS = {name: f"attnnas.{module}:{name}" for module, names in {
+    "backbones.inception": ("i3d", "s3d", "i3d_small", "s3d_small"),
+    "backbones.resnet": ("i3d_r50", "slowfast_r50", "r2plus1d_r50"),
+    "backbones.frames": ("r50_frames", "tsn_r50", "tsn_irv2", "tsn_two_stream", "two_stream", "trn_multiscale",
+                         "trn_two_stream", "stnet", "stnet_irv2", "cnn_lstm"),
+    "backbones.zoo": ("c3d", "mvit_b", "d3d"), "backbones.assemblenet": ("assemblenet_50",),
+    "visual.video": ("mobilenetv2_frames", "mobilenetv2_two_stream"),
 }.items() for name in names}
 
 # %% ../../nbs/28_backbones.registry.ipynb #bbb8639f

@@ -31,7 +31,7 @@ class ClipSource(Protocol):
 class Clips:
     """A clip source in memory.
 
-    video uint8 (N, C, T, H, W), on any device: C = 3 colours or 2 components of optical flow; labels int64 (N,); groups: columns of N strings;
+    video uint8 (N, C, T, H, W), on any device: C = 3 colours, 2 components of optical flow, or 5, both; labels int64 (N,); groups: columns of N strings;
     factors: tensors (N, ...) of whatever else is known of a clip.
     Raises: AttnnasError where a shape, a type or a label does not fit.
     """
@@ -43,9 +43,9 @@ class Clips:
     fingerprint: str = ""
 
     def __post_init__(self):
-        if self.video.ndim != 5 or self.video.dtype != torch.uint8 or self.video.shape[1] not in (3, 2):
+        if self.video.ndim != 5 or self.video.dtype != torch.uint8 or self.video.shape[1] not in (3, 2, 5):
             raise AttnnasError(f"video is {self.video.dtype} of shape {tuple(self.video.shape)}; "
-                               "expected uint8 (N, 3, T, H, W), or (N, 2, T, H, W) of optical flow.")
+                               "expected uint8 (N, 3, T, H, W), (N, 2, T, H, W) of optical flow, or (N, 5, T, H, W) of both.")
         columns = {"labels": self.labels} | self.groups | self.factors
         short = [name for name, column in columns.items() if len(column) != len(self)]
         if short:

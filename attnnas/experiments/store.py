@@ -15,8 +15,7 @@ from pathlib import Path
 
 from ..backbones.registry import MODELS
 from ..core import AttnnasError, choose, content_hash, from_fields, read_json, source_hash, write_json
-from ..data.synthetic import BENCHMARKS
-from .config import RunConfig
+from .config import EMBEDDED, RunConfig
 
 # %% ../../nbs/51_experiments.store.ipynb #097d55ba
 SCHEMA_VERSION = 1
@@ -26,8 +25,8 @@ SCHEMA_VERSION = 1
 def numbers_hash(backbone: str, data: str, modality: str = "rgb") -> str:
     "Hash of the modules that make the numbers of a run with that backbone on those data."
     network = choose(backbone, MODELS, "model").partition(":")[0].removeprefix("attnnas.")
-    unused = ("experiments.store", *["data.video"] * (data in BENCHMARKS), *["data.flow"] * (modality == "rgb"))
-    return source_hash("experiments.run", network, leave_out=unused)
+    flow = ["data.flow"] if "flow" in modality else []
+    return source_hash("experiments.run", network, EMBEDDED.get(data, "data.video"), *flow, leave_out=("experiments.store",))
 
 # %% ../../nbs/51_experiments.store.ipynb #926d723f
 def run_key(config: RunConfig, fingerprint: str, source: str | None = None) -> str:
