@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'PLANS', 'settings', 'row_runs', 'rows_of', 'table_0_benchmark', 'table_1_nonlocal', 'figure_cells',
-           'figure_attention_maps', 'ablation_search', 'finalists', 'flat', 'planned']
+           'figure_attention_maps', 'ablation_search', 'finalists', 'flat', 'changed', 'figure_visual_attention',
+           'figure_two_stream', 'planned']
 
 # %% ../../nbs/55_experiments.plans.ipynb #c76d35ea
 import dataclasses
@@ -63,7 +64,7 @@ def figure_attention_maps(tier: Tier) -> RunConfig:
 def ablation_search(tier: Tier) -> dict:
     """{(data, kind, what, number): run}: what a search finds against what chance finds.
 
-    Kinds: "space" (cells drawn from the whole space), "random" (cells derived from random connection weights), "search" and
+    Kinds: "space" (cells drawn from the whole space), "random" (cells derived from random connection weights, on the first data set), "search" and
     "derived" by variant of the search, number = seed, and "derivation" with "alpha, beta".
     """
     s, runs = settings(tier, "ablation_search"), {}
@@ -73,7 +74,7 @@ def ablation_search(tier: Tier) -> dict:
         make = lambda attention, seed, **options: tier.run(data, s["backbone"], attention, seed, **options)
         for i in range(s["space_cells"]):
             runs[data, "space", "", i] = make("cell", 0, cell=space.sample(i).to_dict())
-        for i in range(s["random_cells"]): runs[data, "random", "", i] = make("random", i)
+        for i in range(s["random_cells"] if data == s["data"][0] else 0): runs[data, "random", "", i] = make("random", i)
         for name, options in variants.items():
             if data not in options["data"]: continue
             for i in options["search_seeds"]:
@@ -95,13 +96,35 @@ def flat(rows: dict) -> list:
     "The configurations of all rows."
     return [run for runs in rows.values() for run in runs]
 
+# %% ../../nbs/55_experiments.plans.ipynb #d8db80f3
+def changed(run: RunConfig, **parts) -> RunConfig:
+    "`run` with other fields in some of its parts: changed(run, data={'modality': 'flow'})."
+    return dataclasses.replace(run, **{name: dataclasses.replace(getattr(run, name), **fields) for name, fields in parts.items()})
 
+
+def figure_visual_attention(tier: Tier) -> dict:
+    "{mechanism of VISUAL_MODELS: runs, one a seed}: MobileNetV2 on pictures."
+    s = settings(tier, "figure_visual_attention")
+    make = lambda name, seed: tier.run(s["data"], "mobilenetv2_frames", "none", seed, options=s["options"] | {"mechanism": name})
+    return {name: [make(name, seed) for seed in s["seeds"]] for name in s["mechanisms"]}
+
+
+def figure_two_stream(tier: Tier) -> dict:
+    "{row: runs, one a seed}: two streams of MobileNetV2; a row's options say which mechanism either has."
+    s = settings(tier, "figure_two_stream")
+    make = lambda own, seed: changed(tier.run(s["data"], "mobilenetv2_two_stream", "none", seed, options=s["options"] | own),
+                                     data={"modality": "rgb+flow"}, training=s.get("training", {}))
+    return {name: [make(own, seed) for seed in s["seeds"]] for name, own in s["rows"].items()}
+
+# %% ../../nbs/55_experiments.plans.ipynb #4dc1db88
 PLANS = {"table_0_benchmark": lambda tier: flat(table_0_benchmark(tier)),
          "table_1_nonlocal": lambda tier: flat(table_1_nonlocal(tier)),
          "table_5_state_of_the_art": lambda tier: [figure_cells(tier)],
          "ablation_search": lambda tier: list(ablation_search(tier).values()),
          "figure_cells": lambda tier: [figure_cells(tier)],
-         "figure_attention_maps": lambda tier: [figure_attention_maps(tier)]}
+         "figure_attention_maps": lambda tier: [figure_attention_maps(tier)],
+         "figure_visual_attention": lambda tier: flat(figure_visual_attention(tier)),
+         "figure_two_stream": lambda tier: flat(figure_two_stream(tier))}
 
 
 def planned(tier: Tier, templates=None) -> list:
