@@ -205,7 +205,7 @@ def flow_tensor() -> type:
     for kernel in (kernels.rotate, kernels.affine, kernels.perspective, kernels.elastic): register(kernel, turned)
     return FlowTensor
 
-# %% ../../nbs/03_data.flow.ipynb #919bd65d
+# %% ../../nbs/03_data.flow.ipynb #96e81d6b
 SMALL = dict(levels=2, winsize=7, iterations=2, poly_n=5, poly_sigma=1.1)
 
 
