@@ -99,6 +99,23 @@ def test_what_does_not_fit_is_found_before_training(data, model, message):
     with pytest.raises(AttnnasError, match=message): check_run(changed(RunConfig(data=TINY), data=data, model=model))
 
 
+def test_a_folder_of_images_is_pictures(tmp_path):
+    "Imagenette's layout: train and val; a run sees images as clips of one frame."
+    pytest.importorskip("av")
+    image = pytest.importorskip("PIL.Image")
+    made = pictures.make_clips(pictures.benchmark(size=32), "train", 12)
+    for i, (video, label) in enumerate(zip(made.video, made.labels.tolist())):
+        for split in ("train", "val"):
+            place = tmp_path / split / f"n{label:08d}"
+            place.mkdir(parents=True, exist_ok=True)
+            image.fromarray(video[:, 0].permute(1, 2, 0).numpy()).save(place / f"{i}.{'png' if i % 2 else 'PNG'}")
+    seen = open_data(DataConfig(data=str(tmp_path), frames=1, size=32))
+    for split, clips in seen.items():
+        assert len(clips) == 12 and ("val" in clips.files[0].parts) == (split != "train")
+        for i, file in enumerate(clips.files): assert clips.batch(torch.tensor([i]))[0].equal(made.video[int(file.stem)])
+    with pytest.raises(AttnnasError, match="holds no video"): open_data(DataConfig(data=str(tmp_path), frames=2, size=32))
+
+
 def test_flow_networks_have_two_channels():
     pytest.importorskip("cv2")
     config = RunConfig(data=dataclasses.replace(TINY, modality="flow"), model=ModelConfig(attention="non-local"))

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from ..core import AttnnasError, check, content_hash, generator, option, read_json, stream_seed, write_atomic
 from .decode import Unreadable, WorkerDied, encode, in_workers, limited, read_frames, verify
 from .flow import flow_tensor, pyav, read_flow
-from .manifest import Ledger, Manifest, class_folders, file_ends, folder_manifest, media_files
+from .manifest import IMAGES, VIDEOS, Ledger, Manifest, class_folders, file_ends, folder_manifest, media_files
 from .synthetic import BenchmarkConfig, classes, draw_factors, groups, render
 
 # %% ../../nbs/07_data.video.ipynb #55f81fc2
@@ -113,9 +113,9 @@ def _read_factors(path: Path, files: list) -> tuple[dict, dict]:
 class VideoFolder:
     """A clip source that decodes {folder}/{split}/{class}/{clip}.mp4 when asked: clips uint8 (3, frames, size, size).
 
-    `classes` are the folders of the train split; `groups` has "class" and, where {split}.npz lies beside the split, its
-    columns ("kind", ...), and `factors` its tensors. Raises: AttnnasError for a missing folder, split or video, a class
-    that train lacks, an undecodable file.
+    With frames = 1 it takes images too. `classes` are the folders of the train split; `groups` has "class" and, where
+    {split}.npz lies beside the split, its columns ("kind", ...), and `factors` its tensors. Raises: AttnnasError for a
+    missing folder, split or video, a class that train lacks, an undecodable file.
     """
     def __init__(self, folder, split: str, frames: int = 16, size: int = 32):
         if frames < 1 or size < 1:
@@ -127,7 +127,8 @@ class VideoFolder:
         if extra:
             raise AttnnasError(f"{folder / split} holds classes that train lacks: {', '.join(extra)}. "
                                "Add them to train or remove them.")
-        files = [(self.classes.index(p.name), file) for p in found for file in media_files(p)]
+        kinds = VIDEOS + IMAGES if frames == 1 else VIDEOS
+        files = [(self.classes.index(p.name), file) for p in found for file in media_files(p, kinds)]
         self.files, self.labels = [file for _, file in files], torch.tensor([label for label, _ in files])
         for first in dict(reversed(files)).values(): decode(first, 1, size)     # one of each class
         self.groups = {"class": np.array(self.classes)[self.labels.numpy()]}
