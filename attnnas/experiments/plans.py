@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'PLANS', 'settings', 'changed', 'row_runs', 'rows_of', 'table_0_benchmark', 'table_1_nonlocal', 'figure_cells',
-           'figure_attention_maps', 'ablation_search', 'finalists', 'flat', 'figure_visual_attention',
-           'figure_two_stream', 'planned']
+           'figure_attention_maps', 'random_derivation', 'ablation_search', 'finalists', 'flat',
+           'figure_visual_attention', 'figure_two_stream', 'planned']
 
 # %% ../../nbs/55_experiments.plans.ipynb #c76d35ea
 import dataclasses
 
 from ..core import choose
+from ..derivation import Derivation, random_cell
 from .config import RunConfig, Tier
 from ..space import SearchSpace
 
@@ -66,11 +67,19 @@ def figure_attention_maps(tier: Tier) -> RunConfig:
     return tier.run(s["data"], s["backbone"], "derived", s["seed"], source=tier.run(s["data"], s["backbone"], "supergraph", s["search_seed"]))
 
 
+def random_derivation(tier: Tier, seed: int) -> Derivation:
+    "A cell derived as this tier derives, from random connection weights."
+    like = tier.run("A", "i3d_small", "random", seed)
+    return random_cell(seed, like.search.levels, alpha=like.model.alpha, beta=like.model.beta, width=like.search.width,
+                       activations=like.search.activations)
+
+
 def ablation_search(tier: Tier) -> dict:
     """{(data, kind, what, number): run}: what a search finds against what chance finds.
 
-    Kinds: "space" (cells drawn from the whole space), "random" (cells derived from random connection weights, on the first data set), "search" and
-    "derived" by variant of the search, number = seed, and "derivation" with "alpha, beta".
+    Kinds: "space" (cells drawn from the whole space), "random" (cells derived from random connection weights, on the first
+    data set), "search" and "derived" by variant of the search, number = seed of the search, and "derivation" with
+    "alpha, beta". Every cell is trained with one and the same seed: so only the cells differ.
     """
     s, runs = settings(tier, "ablation_search"), {}
     space = SearchSpace(s["operations"], tier.search["width"])
@@ -80,13 +89,14 @@ def ablation_search(tier: Tier) -> dict:
         make = lambda attention, seed, **options: changed(tier.run(data, s["backbone"], attention, seed, **options), data=fewer)
         for i in range(s["space_cells"]):
             runs[data, "space", "", i] = make("cell", 0, cell=space.sample(i).to_dict())
-        for i in range(s["random_cells"] if data == s["data"][0] else 0): runs[data, "random", "", i] = make("random", i)
+        for i in range(s["random_cells"] if data == s["data"][0] else 0):
+            runs[data, "random", "", i] = make("cell", 0, cell=random_derivation(tier, i).cell.to_dict())
         for name, options in variants.items():
             if data not in options["data"]: continue
             for i in options["search_seeds"]:
                 search = make("supergraph", i, search=options.get("search"))
                 runs[data, "search", name, i] = search
-                runs[data, "derived", name, i] = make("derived", i, source=search)
+                runs[data, "derived", name, i] = make("derived", 0, source=search)
         for alpha, beta in s["derivations"] if data == s["data"][0] else []:
             runs[data, "derivation", f"{alpha}, {beta}", 0] = make("derived", 0, source=make("supergraph", 0), alpha=alpha, beta=beta)
     return runs
