@@ -28,10 +28,17 @@ def made():
     return make
 
 
+IMAGES_ALONE = ("mobilenetv2_frames", "mobilenetv2_two_stream")     # their frames never meet before the scores
+
+
 @every_model
 def test_sites_and_insertion(made, name):
     "If this fails, `insert` has no default place in a model, or takes something there and does not give it back."
     network = made(name)
+    if name in IMAGES_ALONE:
+        assert network.default_sites == ()
+        with pytest.raises(AttnnasError, match="No sites for"): insert(network, NonLocalBlock)
+        return
     shapes, before = site_shapes(network), list(network.state_dict())
     assert network.default_sites and all(len(shapes[site]) == 5 for site in network.default_sites)
     for what in INSERTED.values():
