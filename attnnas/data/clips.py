@@ -31,8 +31,8 @@ class ClipSource(Protocol):
 class Clips:
     """A clip source in memory.
 
-    video uint8 (N, C, T, H, W), on any device: C = 3 colours, 2 components of optical flow, or 5, both; labels int64 (N,); groups: columns of N strings;
-    factors: tensors (N, ...) of whatever else is known of a clip.
+    video uint8 (N, C, T, H, W), on any device: C = 3 colours, 2 components of optical flow, or 5, both; labels
+    int64 (N,); groups: columns of N strings; factors: tensors (N, ...) of whatever else is known of a clip.
     Raises: AttnnasError where a shape, a type or a label does not fit.
     """
     video: Tensor
