@@ -31,7 +31,7 @@ def inputs(batch, queries, keys, features, width, dtype=torch.float64, grad=Fals
 
 def gradients(function, tensors):
     y = function(*tensors)
-    return y.detach(), *torch.autograd.grad(y, tensors, clip(*y.shape, seed=9).to(y.dtype))
+    return y.detach(), *torch.autograd.grad(y, tensors, clip(*y.shape, seed=9).to(y))
 
 
 @pytest.fixture
