@@ -150,7 +150,8 @@ def flat(rows: dict) -> list:
 def figure_visual_attention(tier: Tier) -> dict:
     "{mechanism of VISUAL_MODELS: runs, one a seed}: MobileNetV2 on pictures."
     s = settings(tier, "figure_visual_attention")
-    make = lambda name, seed: tier.run(s["data"], "mobilenetv2_frames", "none", seed, options=s["options"] | {"mechanism": name})
+    own = lambda name: s["options"] | {"mechanism": name} | s.get("mechanism_options", {}).get(name, {})
+    make = lambda name, seed: tier.run(s["data"], "mobilenetv2_frames", "none", seed, options=own(name))
     return {name: [make(name, seed) for seed in s["seeds"]] for name in s["mechanisms"]}
 
 
