@@ -13,10 +13,10 @@ from attnnas.core import AttnnasError
 from attnnas.experiments import store as store_module
 from attnnas.experiments.config import DataConfig, ModelConfig, RunConfig, load_tier, tiers
 from attnnas.experiments.executor import execute, with_sources
-from attnnas.experiments.plans import planned, table_1_nonlocal
+from attnnas.experiments.plans import planned, rows_of, table_1_nonlocal
 from attnnas.experiments.run import key_of, load_model, open_data, run
 from attnnas.experiments.store import RunRecord, Store
-from attnnas.experiments.tables import Row, check_comparable, comparison, published
+from attnnas.experiments.tables import Row, check_comparable, collect, comparison, published, published_cells
 from attnnas.training.evaluation import evaluate
 from attnnas.training.loop import TrainingConfig
 
@@ -190,3 +190,54 @@ def test_the_committed_ablation_is_rebuilt_from_the_committed_records_to_the_byt
     plan = ablation_search(load_tier("quick"))
     frame = ablation_frame(plan, execute(plan.values(), Store(ROOT / "results"), rebuild=True))
     assert write_table(tmp_path, "table", frame, "")[0].read_bytes() == (ROOT / "results/quick/ablation_search.csv").read_bytes()
+
+
+# ---- tables 1 to 4
+
+@pytest.mark.parametrize("table,data,backbone,model,top1,delta", [
+    ("table_1_nonlocal", "A", "i3d_small", "derived cell", 77.86, 2.28), ("table_1_nonlocal", "B", "s3d", "non-local", 29.52, 1.83),
+    ("table_2_modalities", "data/mit", "i3d", "derived cell", 21.94, 1.93), ("table_2_modalities", "A", "s3d_small", "backbone", 62.46, None),
+    ("table_3_backbones", "A", "i3d_r50", "cell from i3d", 79.83, 1.73), ("table_3_backbones", "B", "s3d_small", "cell from i3d_small", 29.67, 1.98),
+    ("table_3_backbones", "A", "i3d_r50", "backbone", 78.10, None), ("table_3_backbones", "A", "i3d_small", "derived cell", None, None),
+    ("table_4_datasets", "A", "i3d_small", "cell from B", 77.85, 2.27), ("table_4_datasets", "B", "s3d_small", "cell from A", 29.33, 1.64),
+    ("table_4_datasets", "B", "i3d_small", "derived cell", None, None), ("table_1_nonlocal", "A", "i3d_small", "random cell", None, None),
+    ("table_1_nonlocal", "A", "c3d", "backbone", None, None)])
+def test_published_numbers_stand_beside_the_rows_that_are_theirs(table, data, backbone, model, top1, delta):
+    found = published_cells(published(ROOT / "results/reference", table), Row(data, backbone, model, ()))
+    assert found["published_top1"] == top1 and bool(found["published"]) == (top1 is not None)
+    assert found["published_delta_top1"] == delta or delta is None and found["published_delta_top1"] != found["published_delta_top1"] or top1 is None
+
+
+def test_a_missing_published_row_is_named():
+    reference = published(ROOT / "results/reference", "table_3_backbones")
+    gone = reference[reference["cell_searched_on"] != "S3D"]
+    with pytest.raises(AttnnasError, match="no row I3D-R50, cell_searched_on S3D"): published_cells(gone, Row("A", "i3d_r50", "cell from s3d", ()))
+
+
+def test_a_cell_from_elsewhere_is_searched_there_and_on_colours():
+    "Table 2's searches see colours; table 3's the other backbone; table 4's the other data set: and all else is the row's."
+    tier = load_tier("full")
+    flow = rows_of(tier, "table_2_modalities")["B", "s3d_small", "derived cell"][1]
+    assert flow.data.modality == "flow" and flow.source == tier.run("B", "s3d_small", "supergraph", 1)
+    moved = rows_of(tier, "table_3_backbones")["A", "i3d_r50", "cell from s3d_small"][4]
+    assert moved.source == tier.run("A", "s3d_small", "supergraph", 1) and moved.model.options == {"width": 8, "dropout": 0.0}
+    other = rows_of(tier, "table_4_datasets")["B", "i3d_small", "cell from A"][0]
+    assert other.source == tier.run("A", "i3d_small", "supergraph", 0) and other.data.data == "B"
+    shared = [len({run.hash for run in planned(tier, names)}) for names in (["table_1_nonlocal"], ["table_1_nonlocal", "table_4_datasets"])]
+    assert shared == [100, 120], "only the moved cells are new in table 4"
+
+
+def test_rows_without_records_are_named_when_a_table_is_rebuilt(tmp_path):
+    "And nothing is run for them."
+    plan = rows_of(load_tier("quick"), "table_1_nonlocal")
+    extra = {("B", "s3d_small", "backbone"): [load_tier("quick").run("B", "s3d_small", "none", 77)]}
+    rows, searches, missing = collect(plan | extra, Store(ROOT / "results"), rebuild=True)
+    assert missing == list(extra) and len(rows) == len(plan) and len(searches) == 1
+    with pytest.raises(AttnnasError, match="no records of this table"): collect(extra, Store(tmp_path), rebuild=True)
+
+
+def test_a_finished_record_without_a_number_is_refused():
+    row = collect({name: runs for name, runs in rows_of(load_tier("quick"), "table_1_nonlocal").items()}, Store(ROOT / "results"), rebuild=True)[0][0]
+    bad = dataclasses.replace(row.records[0], test=row.records[0].test | {"top1": float("nan")})
+    with pytest.raises(AttnnasError, match=f"Record {bad.key} of row 'backbone' on A is finished with accuracy nan"):
+        check_comparable([dataclasses.replace(row, records=(bad, *row.records[1:]))])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TRAINED_ENOUGH', 'ROLES', 'NETWORKS', 'PUBLISHED_ROWS', 'mean_sd', 'interval', 'verdict', 'Row', 'differences',
            'summarise', 'check_comparable', 'collect', 'published', 'published_cells', 'bases', 'comparison', 'claims',
-           'number', 'counted', 'plus_minus', 'provenance', 'markdown_table', 'search_costs', 'table_text',
-           'write_table']
+           'number', 'counted', 'plus_minus', 'provenance', 'markdown_table', 'search_costs', 'limits_of',
+           'ceiling_note', 'table_text', 'write_table']
 
 # %% ../../nbs/54_experiments.tables.ipynb #4067a697
 import io
@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from ..core import AttnnasError, canonical_json, write_atomic
+from ..data.ceilings import ceilings
+from ..data.synthetic import BENCHMARKS, benchmark
 from .executor import execute
 from .plans import FROM
 from .store import RunRecord
@@ -139,19 +141,22 @@ def published_cells(reference, row: Row) -> dict:
     `reference`: the DataFrame of any published table; the embedded data sets stand beside the ones whose role they have.
     Raises: AttnnasError where the talk has such a row and `reference` lacks it.
     """
-    role, network = ROLES.get(row.data, Path(row.data).name), NETWORKS.get(row.backbone.removesuffix("_small"))
+    role_of = lambda data: ROLES.get(data, Path(data).name)
+    network_of = lambda backbone: NETWORKS.get(backbone.removesuffix("_small"))
+    role, network = role_of(row.data), network_of(row.backbone)
     origin = row.model.removeprefix(FROM) if row.model.startswith(FROM) else None
-    moved = next((c.removesuffix("_top1") for c in reference if c.endswith(f"_to_{role}_top1")), None)
-    column = "cell_searched_on" if "cell_searched_on" in reference else "model"
-    if column == "cell_searched_on": label = "none" if row.model == "backbone" else NETWORKS.get((origin or "").removesuffix("_small"))
-    elif moved: label = "backbone" if row.model == "backbone" else "attention-cell" if origin else None
-    else: label = PUBLISHED_ROWS.get(row.model)
-    prefix = moved or role
-    if not network or not label or f"{prefix}_top1" not in reference: return {"published": ""} | dict.fromkeys(
-        ("published_top1", "published_top5", "published_delta_top1"))
+    column, prefix, label = "model", role, PUBLISHED_ROWS.get(row.model)
+    if "cell_searched_on" in reference:  # Table 3
+        column, label = "cell_searched_on", "none" if row.model == "backbone" else network_of(origin or "")
+    elif any("_to_" in name for name in reference):  # Table 4
+        prefix = next((name.removesuffix("_top1") for name in reference if name.endswith(f"_to_{role}_top1")), role)
+        label = "backbone" if row.model == "backbone" else "attention-cell" if origin and prefix == f"{role_of(origin)}_to_{role}" else None
+    if role not in ROLES.values() or network not in set(reference["backbone"]) or label in (None, network):
+        return {"published": ""} | dict.fromkeys(("published_top1", "published_top5", "published_delta_top1"))
     match = reference[(reference["backbone"] == network) & (reference[column] == label)]
-    if not len(match): raise AttnnasError(f"The published table has no row {network}, {column} {label}, beside {row.model!r} of {row.backbone}. "
-                                          "Restore it in results/reference.")
+    if not len(match) or f"{prefix}_top1" not in reference:
+        raise AttnnasError(f"The published table has no {prefix} of {network}, {column} {label}, to stand beside {row.model!r} on {row.data}, "
+                           f"{row.backbone}. Restore it in results/reference.")
     return {"published": f"{network} on {role}"} | {
         f"published_{name}": match.iloc[0][f"{prefix}_{name}"] for name in ("top1", "top5", "delta_top1")}
 
@@ -200,16 +205,13 @@ def plus_minus(mean, sd, digits: int = 1, signed: bool = False) -> str:
 
 
 def provenance(rows) -> str:
-    "What `rows` were made with: one line a data set."
-    lines = []
-    for data in dict.fromkeys(row.data for row in rows):
-        records = [record for row in rows if row.data == data for record in row.records]
-        first, names = records[0], lambda values: ", ".join(sorted(set(values)))
-        lines.append(f"{data}: {counted(len(records), 'run')}; {first.data['train_clips']} training, {first.data['validation_clips']} validation "
-                     f"and {first.data['test_clips']} test clips of {first.run.data.frames} frames at {first.run.data.size}x{first.run.data.size}; "
-                     f"{counted(first.run.training.epochs, 'epoch')}; {names(r.device for r in records)}; torch "
-                     f"{names(r.versions['torch'] for r in records)}; source {names(r.source for r in records)}, data {first.data['fingerprint']}.")
-    return "\n".join(f"- {line}" for line in lines)
+    "One line that says what `rows` of one data set were made with."
+    records, names = [record for row in rows for record in row.records], lambda values: ", ".join(sorted(set(values)))
+    first = records[0]
+    return (f"{counted(len(records), 'run')}; {first.data['train_clips']} training, {first.data['validation_clips']} validation and "
+            f"{first.data['test_clips']} test clips of {first.run.data.frames} frames at {first.run.data.size}x{first.run.data.size}; "
+            f"{counted(first.run.training.epochs, 'epoch')}; {names(r.device for r in records)}; torch {names(r.versions['torch'] for r in records)}; "
+            f"source {names(r.source for r in records)}, data {first.data['fingerprint']}.")
 
 
 def markdown_table(frame) -> str:
@@ -233,13 +235,25 @@ def search_costs(rows, searches) -> list:
             if cost(r) in plain and r.run.data.modality == rows[0].records[0].run.data.modality]
 
 
+def limits_of(rows) -> dict:
+    "{data: (bag ceiling, linear limit)} in percent, of the data sets of `rows` that have them."
+    known = {row.data: ceilings(benchmark(row.data)) for row in rows if row.data in BENCHMARKS}
+    return {data: (100 * found["bag of local events"], 100 * found["best linear on counts"]) for data, found in known.items()}
+
+
+def ceiling_note(limits: dict) -> str:
+    "`limits_of` rows in words, a sentence a data set."
+    return " ".join(f"Data set {data}: bag ceiling {bag:.1f} %, linear limit {limit:.1f} %." for data, (bag, limit) in limits.items())
+
+
 def table_text(title: str, frame, rows, outcome, searches=(), missing=(), note: str = "") -> str:
     "The Markdown of a table: what it is, its rows, how to read it, the sentences of `outcome`, and what it was made with."
     lines = [*outcome, *search_costs(rows, searches), *(["Not run: " + "; ".join(map(", ".join, missing)) + "."] if missing else [])]
+    made = [f"- {data}: {provenance([row for row in rows if row.data == data])}" for data in dict.fromkeys(row.data for row in rows)]
     return "\n".join([f"## {title}", "", markdown_table(frame), "",
         "Accuracies in percent on test clips, mean ± standard deviation over seeds; Δ is paired by seed, in points, against the",
         f"backbone. {note} GFLOPs are 2 x multiply-adds of one clip. Published: AttentionNAS, networks of full size, other data and",
-        "another scale: compare the order of rows, not the numbers.", "", *(f"- {line}" for line in lines), "", provenance(rows), ""])
+        "another scale: compare the order of rows, not the numbers.", "", *(f"- {line}" for line in lines), "", *made, ""])
 
 
 def write_table(folder, name: str, frame, markdown: str) -> list:
