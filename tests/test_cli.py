@@ -63,6 +63,29 @@ def test_doctor_names_devices_packages_and_what_tiers_lack(capsys, tmp_path):
     assert code == 0 and "torch" in out and "cpu" in out and "quick tier" in out and "GiB free" in out
 
 
+def test_doctor_multiplies_measured_steps_by_the_clips_of_a_tier(tmp_path):
+    "Two runs by hand: 100 epochs of 392,622 clips and 30,000 test clips of 250 x 256 x 256, at a third of a step; and one unknown."
+    (tmp_path / "one.toml").write_text("""
+[data]
+frames = 64
+size = 224
+test_split = "validation"
+test_frames = 250
+test_size = 256
+[training]
+epochs = 100
+[templates.table_1_nonlocal]
+data = ["none/kinetics600.csv"]
+backbones = ["i3d", "s3d"]
+rows = ["backbone"]
+seeds = [0]
+""")
+    steps = [{"backbone": "i3d", "inserted": "none", "seconds_a_clip": "0.01"}]
+    hours, count, unknown = cli.gpu_hours(str(tmp_path / "one.toml"), steps)
+    assert (count, unknown) == (2, 1)
+    assert hours == pytest.approx(.01 * (39_262_200 + 30_000 * 250 * 256 * 256 / (64 * 224 * 224) / 3) / 3600)
+
+
 def test_help_shows_every_field_with_its_documentation(capsys):
     with pytest.raises(SystemExit) as stop: cli.main(["train", "--help"])
     out = " ".join(capsys.readouterr().out.split())

@@ -1,11 +1,20 @@
-"""Every template runs at the smoke tier through papermill itself, and wrong parameters never start a kernel."""
+"""Every template runs at the smoke tier through papermill itself; a batch that is killed, fails or has nothing to do."""
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 
 from attnnas.core import AttnnasError
-from attnnas.experiments.batch import check_parameters, reproduce, template_path
+from attnnas.experiments import batch
+from attnnas.experiments.batch import check_parameters, notebook_key, reproduce, template_path, unchanged
 from attnnas.experiments.config import load_tier
 from attnnas.experiments.plans import PLANS, figure_cells
 from attnnas.experiments.run import key_of
@@ -56,6 +65,67 @@ def test_a_fresh_start_makes_the_runs_again(smoke):
     before = record.stat().st_mtime_ns
     reproduce("smoke", results, ["figure_cells"], device="cpu", fresh=True, show=False)
     assert record.stat().st_mtime_ns > before
+
+
+BATCH = """
+import sys
+from attnnas.experiments.batch import reproduce
+if __name__ == "__main__": reproduce("smoke", sys.argv[1], sys.argv[2:], device="cpu", workers=2, show=False)
+"""
+
+
+def test_a_batch_killed_at_ten_random_moments_ends_with_the_same_tables(smoke, tmp_path):
+    "Runs or notebooks, whatever it was at: its whole process group gets SIGKILL."
+    (tmp_path / "batch.py").write_text(BATCH)
+    names, draw = ["table_0_benchmark", "table_1_nonlocal"], random.Random(0)
+    start = lambda: subprocess.Popen([sys.executable, tmp_path / "batch.py", tmp_path / "killed", *names], start_new_session=True,
+                                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(10):
+        process = start()
+        time.sleep(draw.uniform(2.5, 7.5))
+        try: os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError: pass
+        process.wait()
+    assert start().wait(300) == 0
+    for name in names:
+        killed, whole = (pd.read_csv(folder / "smoke" / f"{name}.csv") for folder in (tmp_path / "killed", smoke[0]))
+        timed = [column for column in whole if "seconds" in column]
+        pd.testing.assert_frame_equal(killed.drop(columns=timed), whole.drop(columns=timed))
+        assert (tmp_path / "killed/smoke" / f"{name}.png").stat().st_size > 5000
+    assert not list(tmp_path.glob("killed/runs/*/checkpoint.safetensors"))
+
+
+def test_what_has_not_changed_is_left_alone_and_what_has_is_made_again(smoke, tmp_path, monkeypatch, capsys):
+    results = shutil.copytree(smoke[0], tmp_path / "results")
+    again = lambda: (reproduce("smoke", results, ["figure_cells"], device="cpu"), capsys.readouterr().out)[1]
+    assert "figure_cells               made" in again(), "results that were moved are other parameters"
+    assert "figure_cells               unchanged" in again()
+    (results / "smoke/figure_cells.json").write_text("{}")
+    assert "figure_cells               made" in again(), "what the notebook wrote has changed"
+    output, tier = results / "smoke/figure_cells.ipynb", load_tier("smoke")
+    parameters, store = {"tier": "smoke", "results": str(results), "device": "cpu", "rebuild": False}, Store(results)
+    key = lambda **other: notebook_key("figure_cells", parameters | other, tier, store)
+    assert unchanged(output, key()) and key(device="auto") != key()
+    record, before = Store(results).path(key_of(figure_cells(tier))), key()
+    record.write_text(record.read_text().replace('"finished": "2', '"finished": "3'))
+    assert key() != before, "another record"
+    before = key()
+    monkeypatch.setattr(batch, "source_hash", lambda *modules: "another source")
+    assert key() != before
+
+
+def test_a_failed_notebook_is_kept_and_the_others_finish(smoke, tmp_path, monkeypatch, capsys):
+    results = shutil.copytree(smoke[0], tmp_path / "results")
+    broken = nbformat.read(template_path("figure_cells"), as_version=4)
+    broken.cells.append(nbformat.v4.new_code_cell("1 / 0"))
+    nbformat.write(broken, tmp_path / "figure_cells.ipynb")
+    whole = template_path
+    monkeypatch.setattr(batch, "template_path", lambda name: tmp_path / "figure_cells.ipynb" if name == "figure_cells" else whole(name))
+    (results / "smoke/table_0_benchmark.csv").unlink()
+    with pytest.raises(AttnnasError, match="1 of 2 parts failed: figure_cells failed in cell .*ZeroDivisionError"):
+        reproduce("smoke", results, ["figure_cells", "table_0_benchmark"], device="cpu")
+    assert "figure_cells               FAILED" in (out := capsys.readouterr().out) and "table_0_benchmark          made" in out
+    assert "ZeroDivisionError" in (results / "smoke/figure_cells.ipynb").read_text() and (results / "smoke/table_0_benchmark.csv").exists()
 
 
 def test_mistyped_parameters_end_before_a_kernel_starts(tmp_path):

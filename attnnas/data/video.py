@@ -390,23 +390,27 @@ class VideoLoader:
         return torch.randperm(len(self.clips), generator=generator(self.clips.config.seed, "order", self.epoch))
 
     def __iter__(self):
-        epoch = self.epoch
-        tasks = [[(epoch, i) for i in part.tolist()] for part in self.order().split(self.batch_size)]
-        patience = 2 * self.clips.config.time_limit + 30        # a hang that not even the worker's own limit ends
-        batches = in_workers(partial(_collated, self.clips), tasks[self.position:], self.workers, patience)
+        for batch in self.read(self.order().split(self.batch_size)[self.position:], self.epoch):
+            self.position += 1
+            if "index" in batch: yield batch
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def read(self, parts, epoch: int):
+        "Yield a batch for each of `parts`, rows (B,), of `epoch`; one of which nothing could be read has no pictures."
+        tasks = [[(epoch, i) for i in part.tolist()] for part in parts]
+        given, patience = 0, 2 * self.clips.config.time_limit + 30      # a hang that not even the worker's own limit ends
+        batches = in_workers(partial(_collated, self.clips), tasks, self.workers, patience)
         try:
-            for batch in batches:
+            for given, batch in enumerate(batches, 1):
                 self.ledger.add(batch["unreadable"])
                 for entry in batch["unreadable"]: self.clips.lost[entry.pop("row")] = entry["reason"], entry["detail"]
-                self.position += 1
-                if "index" in batch: yield batch
+                yield batch
         except WorkerDied as error:
             name = self.clips.manifest.path(self.clips.rows[error.reading]) if error.reading >= 0 else "no video yet"
             raise AttnnasError(
-                f"A worker {error.how} while reading {name}. {self.position} of {len(self)} batches of epoch {epoch} were "
+                f"A worker {error.how} while reading {name}. {given} of {len(tasks)} batches of epoch {epoch} were "
                 "delivered; go on by looping again, without that video if it happens again.") from None
         finally: batches.close()
-        self.epoch, self.position = epoch + 1, 0
 
     def state_dict(self) -> dict:
         "Where it is, and the ledger: to go on after an interruption."

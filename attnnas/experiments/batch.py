@@ -13,6 +13,7 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import attnnas
@@ -99,12 +100,12 @@ def _stamp(output: Path, key: str):
 
 # %% ../../nbs/59_experiments.batch.ipynb #7891b4d3
 def reproduce(tier: str = "quick", results="reproduced", templates=(), device: str = "auto", workers: int = 0,
-              fresh: bool = False, rebuild: bool = False, every: bool = False, show: bool = True) -> list:
+              fresh: bool = False, rebuild: bool = False, every: bool = False, show: bool = True, processes: int = 0) -> list:
     """Make all runs of `tier`, then its tables and figures in `results`/<tier>; returns the paths written.
 
     `templates`: only these (default: the tier's first ones; with `every`, all that it has). Finished runs are reused; `fresh`
-    removes them first, and `rebuild` makes none, but takes the records that are there whatever source made them. Unchanged
-    notebooks are left alone. A run or a template that fails does not stop the others; its executed notebook shows the error.
+    removes them first, and `rebuild` makes none, but takes the records that are there whatever source made them. `processes`
+    share each run, one a GPU; 0: as many as there are GPUs where the tier says so, else 1. Unchanged notebooks are left alone. A run or a template that fails does not stop the others; its executed notebook shows the error.
     Raises: AttnnasError at the end, naming what failed.
     """
     setting, results = load_tier(tier), Path(results).resolve()
@@ -114,7 +115,8 @@ def reproduce(tier: str = "quick", results="reproduced", templates=(), device: s
     for path in paths.values(): check_parameters(path, parameters)
     written, summary, failed = [], [], []
     if not rebuild:
-        try: _make_runs(planned(setting, names), store, workers, device, fresh, show)
+        processes = processes or (max(1, torch.cuda.device_count()) if setting.batch.get("share") else 1)
+        try: _make_runs(planned(setting, names), store, workers, device, fresh, show, processes)
         except AttnnasError as error: failed.append(str(error))
     for name in tqdm(names, desc="notebooks", disable=not show, leave=False):
         output, started = results / setting.name / f"{name}.ipynb", time.monotonic()
@@ -140,11 +142,11 @@ def _notebook(name: str, parameters: dict, tier: Tier, store: Store, output: Pat
     return "made"
 
 # %% ../../nbs/59_experiments.batch.ipynb #bf0b6f6e
-def _make_runs(runs: list, store: Store, workers: int, device: str, fresh: bool, show: bool):
+def _make_runs(runs: list, store: Store, workers: int, device: str, fresh: bool, show: bool, processes: int):
     everything = with_sources(runs)
     if fresh:
         for key in everything: shutil.rmtree(store.path(key).parent, ignore_errors=True)
     finished = sum(store.get(key) is not None for key in everything)
     if show: print(f"{counted(len(everything), 'run')}: {finished} finished and reused, {len(everything) - finished} to make or continue. "
                    f"Records: {store.folder / 'runs'}")
-    execute(runs, store, workers, device, show)
+    execute(runs, store, workers, device, show, processes=processes)

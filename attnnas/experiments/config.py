@@ -25,17 +25,30 @@ CHANNELS = {"rgb": 3, "flow": 2, "rgb+flow": 5}
 
 @dataclass(frozen=True)
 class DataConfig:
-    "Which clips, how many and how large. `data` is an embedded set, made by its module in EMBEDDED, or a folder of videos."
-    data: str = option("A", "an embedded data set (A, B, pictures), or a folder of videos (split/class/clip.mp4)")
+    """Which clips, how many and how large.
+
+    `data` is an embedded set, made by its module in EMBEDDED, a folder of videos, or a manifest, which is trained on at random
+    places and crops, and tested on `test_split` in clips of a length and size of their own.
+    """
+    data: str = option("A", "an embedded data set (A, B, pictures), a folder of videos (split/class/clip.mp4), or a manifest (.csv)")
     modality: str = option("rgb", "what a clip shows: colours, optical flow estimated from them, or both", choices=tuple(CHANNELS))
     frames: int = option(16, "frames T of a clip; pictures have one", minimum=1)
     size: int = option(32, "height and width of a clip in pixels", minimum=16)
     train_clips: int = option(3000, "training clips of the embedded benchmark; a folder gives all it has", minimum=1)
     validation_clips: int = option(500, "validation clips, watched while training", minimum=1)
     test_clips: int = option(1000, "test clips, looked at once, at the end", minimum=1)
-    data_seed: int = option(0, "seed of the embedded benchmark", minimum=0)
+    data_seed: int = option(0, "seed of the embedded benchmark, and of a manifest's training crops", minimum=0)
+    test_split: str = option("test", "the split of a manifest that is tested on")
+    test_frames: int = option(0, "frames of a manifest's test clips; 0: as in training", minimum=0)
+    test_size: int = option(0, "height and width of a manifest's test clips in pixels; 0: as in training", minimum=0)
+    flow: str = option("", "the folder of a manifest's flow files")
 
     def __post_init__(self): check(self)
+
+    @property
+    def listed(self) -> bool:
+        "Whether `data` is a manifest."
+        return self.data.endswith(".csv")
 
 
 ATTENTION = ("none", "non-local", "cell", "derived", "random", "supergraph")
@@ -46,6 +59,7 @@ class ModelConfig:
     "A backbone, its head, and what is inserted at its sites."
     backbone: str = option("i3d_small", "the backbone (attnnas list models)")
     options: dict | None = option(None, 'further options of the backbone; on the command line as JSON, such as {"width": 0.35}')
+    start: str = option("random", "the weights to start from; imagenet: those of its 2-D network, inflated", choices=("random", "imagenet"))
     head: str = option("linear", "the classifier after average pooling; mlp is a control", choices=("linear", "mlp"))
     attention: str = option("none", "what is inserted: nothing, non-local blocks, a given cell, the cell derived from a "
                             "search, a cell derived from random connection weights, or supergraphs (a search)", choices=ATTENTION)
@@ -133,7 +147,7 @@ class Tier:
         if attention == "supergraph": training |= self.search_training
         return RunConfig(
             data=from_fields(DataConfig, {"data": data} | self.data | own.get("data", {})),
-            model=from_fields(ModelConfig, {"backbone": backbone, "attention": attention} | self.model | model),
+            model=from_fields(ModelConfig, {"backbone": backbone, "attention": attention} | self.model | own.get("model", {}) | model),
             training=from_fields(TrainingConfig, training), search=from_fields(SearchConfig, self.search | (search or {})),
             source=source, seed=seed)
 

@@ -26,7 +26,7 @@ def numbers_hash(backbone: str, data: str, modality: str = "rgb") -> str:
     "Hash of the modules that make the numbers of a run with that backbone on those data."
     network = choose(backbone, MODELS, "model").partition(":")[0].removeprefix("attnnas.")
     flow = ["data.flow"] if "flow" in modality else []
-    return source_hash("experiments.run", network, EMBEDDED.get(data, "data.video"), *flow, leave_out=("experiments.store",))
+    return source_hash("experiments.run", network, EMBEDDED.get(data, "training.videos"), *flow, leave_out=("experiments.store",))
 
 # %% ../../nbs/51_experiments.store.ipynb #926d723f
 def run_key(config: RunConfig, fingerprint: str, source: str | None = None) -> str:

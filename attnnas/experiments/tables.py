@@ -141,7 +141,7 @@ def published_cells(reference, row: Row) -> dict:
     `reference`: the DataFrame of any published table; the embedded data sets stand beside the ones whose role they have.
     Raises: AttnnasError where the talk has such a row and `reference` lacks it.
     """
-    role_of = lambda data: ROLES.get(data, Path(data).name)
+    role_of = lambda data: ROLES.get(data, Path(data).stem)
     network_of = lambda backbone: NETWORKS.get(backbone.removesuffix("_small"))
     role, network = role_of(row.data), network_of(row.backbone)
     origin = row.model.removeprefix(FROM) if row.model.startswith(FROM) else None

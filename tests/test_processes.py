@@ -1,0 +1,208 @@
+"""Two CPU processes share a training: the same gradients, every clip counted once, the paper's protocol on small data."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+
+from attnnas.backbones.registry import create_model
+from attnnas.core import AttnnasError
+from attnnas.experiments.config import load_tier
+from attnnas.experiments.executor import execute
+from attnnas.experiments.plans import changed
+from attnnas.experiments.run import key_of
+from attnnas.experiments.store import Store
+from attnnas.insertion import insert
+from attnnas.non_local import NonLocalBlock
+from attnnas.profile import count_flops
+from attnnas.training.evaluation import in_turns
+from attnnas.training.loop import Trainer, TrainingConfig
+from attnnas.training.processes import OneProcess, launch_command
+
+STEP = """
+import dataclasses, sys
+import torch
+from attnnas.core import seed_everything
+from attnnas.data.clips import Clips
+from attnnas.derivation import random_cell
+from attnnas.backbones.registry import create_model
+from attnnas.insertion import insert
+from attnnas.non_local import NonLocalBlock
+from attnnas.search.differentiable import SearchConfig, insert_supergraphs, search_trainer
+from attnnas.training.evaluation import predict
+from attnnas.training.loop import Trainer, TrainingConfig
+from attnnas.training.processes import processes
+
+where, what, micro = sys.argv[1], sys.argv[2], int(sys.argv[3])
+group = processes("cpu")
+torch.set_default_dtype(torch.float64)
+seed_everything(0)
+model = create_model("i3d_small", num_classes=4)
+model.register_forward_pre_hook(lambda model, inputs: inputs[0].double())   # so that only what is wrong differs, not what is rounded
+search = SearchConfig(levels=1, width=8)
+clips = Clips(torch.randint(0, 256, (11, 3, 8, 16, 16), dtype=torch.uint8), torch.arange(11) % 4, list("abcd"), {}, {}, "f")
+training = TrainingConfig(batch_size=7, micro_batch=micro, optimizer="sgd", clip_norm=1e9)
+if what == "supergraph": trainer = search_trainer(insert_supergraphs(model, search), clips, search, training, processes=group)
+else:
+    if what == "non-local": insert(model, NonLocalBlock)
+    if what == "cell": insert(model, random_cell(1, 2, width=8).cell)
+    for p in model.parameters(): p.data += .01 * torch.randn_like(p)     # insertions that start as nothing have no gradient
+    trainer = Trainer(model, clips, training, processes=group)
+trainer.train_batch(torch.tensor([3, 1, 4, 10, 5, 9, 2]))
+found = {"gradients": torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), "totals": trainer.totals,
+         "buffers": torch.cat([b.flatten() for b in model.buffers() if b.is_floating_point()]),
+         "scores": predict(model, clips, 3, processes=group)}
+torch.save(found, f"{where}.{group.count}.{group.rank}")
+"""
+
+
+def call(command, **options):
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("what, micro", [("cell", 0), ("non-local", 3), ("supergraph", 4)])
+def test_two_processes_have_the_gradients_of_one(tmp_path, what, micro):
+    "Seven clips of which one process has four, in one pass or in several; batch normalisation sees all that pass at once."
+    (tmp_path / "step.py").write_text(STEP)
+    arguments = [tmp_path / "step.py", tmp_path / "out", what, micro]
+    call([sys.executable, *map(str, arguments)])
+    call(launch_command(2, arguments))
+    one, first, second = (torch.load(tmp_path / f"out.{end}") for end in ("1.0", "2.0", "2.1"))
+    for name in one:
+        apart = (one[name] - first[name]).abs().max() / one[name].abs().max()
+        assert apart < 1e-6, f"{name}: {apart:.1e}"
+        assert first[name].equal(second[name]), name
+    assert one["totals"][2] == first["totals"][2] == 7 and len(first["scores"]) == 11
+
+
+class Third(OneProcess):
+    rank, count = 2, 3
+
+
+def test_what_was_shared_out_comes_back_in_order():
+    for count in (1, 2, 3, 5):
+        for length in range(8):
+            parts = []
+            for rank in range(count):
+                group = Third()
+                group.rank, group.count = rank, count
+                parts.append(group.share(list(range(length))))
+            assert in_turns(parts) == list(range(length))
+
+
+def test_a_process_without_a_clip_is_refused_before_training():
+    from attnnas.data.clips import Clips
+    clips = Clips(torch.zeros(9, 3, 2, 4, 4, dtype=torch.uint8), torch.zeros(9, dtype=torch.int64), ["a"])
+    with pytest.raises(AttnnasError, match="9 clips in batches of 4, 4 at once, leave 1 for 3 processes"):
+        Trainer(torch.nn.Linear(1, 1), clips, TrainingConfig(batch_size=4), processes=Third())
+    Trainer(torch.nn.Linear(1, 1), clips, TrainingConfig(batch_size=3), processes=Third())
+
+
+@pytest.fixture(scope="module")
+def config():
+    run = load_tier("smoke").run("A", "i3d_small", "non-local", seed=0)
+    return changed(run, data={"train_clips": 60, "validation_clips": 21, "test_clips": 33}, training={"batch_size": 16, "epochs": 2})
+
+
+def test_a_shared_run_is_the_run_of_one(config, tmp_path):
+    one, = execute([config], Store(tmp_path / "one"), 1, "cpu", show=False)
+    two, = execute([config], Store(tmp_path / "two"), 1, "cpu", show=False, processes=2)
+    assert two.key == one.key and two.test["count"] == 33 and two.history[-1]["validation"]["count"] == 21
+    assert two.history[0]["loss"] == pytest.approx(one.history[0]["loss"], rel=1e-4)
+    assert two.test["loss"] == pytest.approx(one.test["loss"], rel=1e-2)
+    assert not (tmp_path / "two/runs" / two.key / "processes.log").exists()
+
+
+def test_a_wrong_run_says_why(config, tmp_path):
+    with pytest.raises(AttnnasError, match="1 for 2 processes"):
+        execute([changed(config, data={"train_clips": 17})], Store(tmp_path), 1, "cpu", show=False, processes=2)
+
+
+BATCH = """
+import json, sys
+from attnnas.experiments.config import RunConfig
+from attnnas.experiments.executor import execute
+from attnnas.experiments.store import Store
+if __name__ == "__main__":
+    execute([RunConfig.from_dict(json.loads(sys.argv[1]))], Store(sys.argv[2]), 1, "cpu", False, processes=2)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_stopped_and_killed_shared_runs_leave_no_process_and_continue(config, tmp_path, how):
+    config = changed(config, training={"epochs": 25})
+    (tmp_path / "batch.py").write_text(BATCH)
+    command = [sys.executable, str(tmp_path / "batch.py"), json.dumps(config.to_dict()), str(tmp_path)]
+    batch = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint = Store(tmp_path).path(key_of(config), "checkpoint.safetensors")
+    until(checkpoint.exists)
+    batch.send_signal(how)
+    batch.wait(60)
+    until(lambda: not any(str(tmp_path).encode() in command for command in commands()))
+    assert checkpoint.exists() and not checkpoint.with_name("record.json").exists()
+    short = execute([config], Store(tmp_path), 1, "cpu", show=False, processes=2)[0]
+    assert len(short.history) == 25 and not checkpoint.exists()
+
+
+def commands():
+    for folder in os.listdir("/proc"):
+        try: yield open(f"/proc/{folder}/cmdline", "rb").read()
+        except OSError: continue
+
+
+def until(true, seconds: float = 90):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(.1)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    "A prepared data set: a manifest, flow files, and weights of a GoogLeNet where torch keeps its downloads."
+    pytest.importorskip("av"), pytest.importorskip("cv2")
+    from torchvision.models import googlenet
+    from attnnas.data.flow import optical_flow, write_flow
+    from attnnas.data.manifest import folder_manifest
+    from attnnas.data.synthetic import benchmark, make_clips
+    from attnnas.data.video import write_video_folder
+    folder, made = tmp_path_factory.mktemp("prepared"), benchmark("A", frames=12, size=32)
+    counts = {"train": 14, "validation": 9}
+    write_video_folder(folder / "videos", made, counts)
+    for split, count in counts.items():
+        for file in (folder / "videos").glob(f"{split}/*/*.mp4"):
+            flow = optical_flow(make_clips(made, split, count).video[int(file.stem[-6:])], "farneback").transpose(0, 1)
+            write_flow(folder / "flow" / file.relative_to(folder / "videos").with_name(file.name + ".flow.mkv"), flow, bound=4., method="farneback")
+    sorted((folder / "videos").glob("validation/*/*.mp4"))[3].write_bytes(b"")
+    folder_manifest(folder / "videos").save(folder / "small.csv")
+    (folder / "hub/checkpoints").mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(googlenet(init_weights=False).state_dict(), folder / "hub/checkpoints/googlenet-1378be20.pth")
+    return folder
+
+
+@pytest.mark.parametrize("modality", ["rgb", "flow"])
+def test_the_papers_protocol_on_small_data(prepared, tmp_path, monkeypatch, modality):
+    "Random crops of a manifest, an inflated start, micro-batches, longer and larger test clips, of which one is lost."
+    monkeypatch.setenv("TORCH_HOME", str(prepared))
+    run = load_tier("paper").run(str(prepared / "small.csv"), "i3d", "non-local", seed=0)
+    run = changed(run, data={"frames": 8, "size": 32, "test_frames": 10, "test_size": 40, "modality": modality, "flow": str(prepared / "flow")},
+                  training={"epochs": 1, "batch_size": 8, "micro_batch": 4})
+    record, = execute([run], Store(tmp_path), 1, "cpu", show=False, processes=2 if modality == "rgb" else 1)
+    assert record.status == "finished" and record.data["train_clips"] == 14 and "validation_clips" not in record.data
+    assert (record.test["count"], record.test["asked"], record.test["unreadable"]) == ((8, 9, {"empty": 1}) if modality == "rgb" else (9, 9, {}))
+    model = create_model("i3d", num_classes=len(record.data["classes"]), in_channels=3 if modality == "rgb" else 2)
+    shape = (1, model.in_channels, 10, 40, 40)
+    assert record.gflops == pytest.approx(count_flops(insert(model, NonLocalBlock), shape) / 1e9)
+
+
+def test_a_start_that_cannot_be_had_is_said_before_training(tmp_path):
+    run = load_tier("smoke").run("A", "i3d_small", "none", seed=0, start="imagenet")
+    with pytest.raises(AttnnasError, match="backbone that starts from ImageNet .i3d_small"): execute([run], Store(tmp_path), 1, "cpu", show=False)
