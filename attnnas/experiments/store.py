@@ -8,6 +8,7 @@ __all__ = ['SCHEMA_VERSION', 'numbers_hash', 'run_key', 'RunRecord', 'Store']
 # %% ../../nbs/51_experiments.store.ipynb #f94b1ee8
 import dataclasses
 import fcntl
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -106,6 +107,18 @@ class Store:
     def latest(self) -> dict:
         "{hash of the configuration: its latest record}, whatever data fingerprint and source it was made with."
         return {record.run.hash: record for record in sorted(self.records(), key=lambda record: record.finished)}
+
+    def measured(self, record: RunRecord, name: str, modules, compute: Callable, rebuild: bool = False):
+        """What `compute()` finds of the trained network of `record`, plain values, kept as `name`.json beside it.
+
+        It is computed again where the source of `modules` (names below attnnas) has changed, unless `rebuild` is set.
+        """
+        path, source = self.path(record.key, f"{name}.json"), source_hash(*modules)
+        kept = read_json(path) if path.exists() else {}
+        if not kept or kept["source"] != source and not rebuild:
+            kept = {"source": source, "value": compute()}
+            write_json(path, kept)
+        return kept["value"]
 
     @contextmanager
     def lock(self, key: str):
