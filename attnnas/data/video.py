@@ -407,9 +407,8 @@ class VideoLoader:
                 yield batch
         except WorkerDied as error:
             name = self.clips.manifest.path(self.clips.rows[error.reading]) if error.reading >= 0 else "no video yet"
-            raise AttnnasError(
-                f"A worker {error.how} while reading {name}. {given} of {len(tasks)} batches of epoch {epoch} were "
-                "delivered; go on by looping again, without that video if it happens again.") from None
+            raise AttnnasError(f"A worker {error.how} while reading {name}. {given} of {len(tasks)} batches of epoch {epoch} were "
+                               "delivered; go on by looping again, without that video if it happens again.") from None
         finally: batches.close()
 
     def state_dict(self) -> dict:

@@ -40,11 +40,12 @@ def _wait_for_death(parent: int):
 
 # %% ../../nbs/53_experiments.executor.ipynb #bfe10725
 def _follow(wait, *arguments):
-    "Stop when the parent, for whose end `wait` waits, is gone, were it killed: first politely, so that a training saves its checkpoint."
+    "Stop when the parent, for whose end `wait` waits, is gone, were it killed: a minute politely, so that a training saves its checkpoint."
     wait(*arguments)
-    while True:
+    for _ in range(12):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 # %% ../../nbs/53_experiments.executor.ipynb #505cc48a
 def _work(key: str, config: RunConfig, folder, device: str, processes: int) -> RunRecord:
@@ -67,10 +68,12 @@ def _run_shared(key: str, config: RunConfig, store: Store, device: str, count: i
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as errors:
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
-    signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
+    before = signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
     for line in child.stdout:
         if line.startswith("step "): progress(*map(int, line.split()[1:]))
-    if child.wait():
+    ended = child.wait()
+    signal.signal(signal.SIGTERM, before)
+    if ended:
         said = [line.removeprefix("attnnas: ") for line in log.read_text().splitlines() if line.startswith("attnnas: ")]
         raise AttnnasError(said[0] if said else f"one of {count} processes failed; see {log}")
     log.unlink()
