@@ -18,6 +18,7 @@ from attnnas.experiments.executor import execute
 from attnnas.experiments.plans import changed
 from attnnas.experiments.run import key_of
 from attnnas.experiments.store import Store
+from attnnas.experiments.tables import Row, provenance
 from attnnas.insertion import insert
 from attnnas.non_local import NonLocalBlock
 from attnnas.profile import count_flops
@@ -201,6 +202,9 @@ def test_the_papers_protocol_on_small_data(prepared, tmp_path, monkeypatch, moda
     model = create_model("i3d", num_classes=len(record.data["classes"]), in_channels=3 if modality == "rgb" else 2)
     shape = (1, model.in_channels, 10, 40, 40)
     assert record.gflops == pytest.approx(count_flops(insert(model, NonLocalBlock), shape) / 1e9)
+    said = provenance([Row(str(prepared / "small.csv"), "i3d", "non-local", (record,))])
+    assert "14 training and 9 test clips of 8 frames at 32x32, tested in 10 frames at 40x40" in said
+    assert ("1 test clips could not be read" in said) == (modality == "rgb")
 
 
 def test_a_start_that_cannot_be_had_is_said_before_training(tmp_path):

@@ -207,9 +207,14 @@ def plus_minus(mean, sd, digits: int = 1, signed: bool = False) -> str:
 def provenance(rows) -> str:
     "One line that says what `rows` of one data set were made with."
     records, names = [record for row in rows for record in row.records], lambda values: ", ".join(sorted(set(values)))
-    first = records[0]
-    return (f"{counted(len(records), 'run')}; {first.data['train_clips']} training, {first.data['validation_clips']} validation and "
-            f"{first.data['test_clips']} test clips of {first.run.data.frames} frames at {first.run.data.size}x{first.run.data.size}; "
+    first, data = records[0], records[0].run.data
+    *most, last = (f"{first.data[f'{split}_clips']} {name}" for split, name in
+                   (("train", "training"), ("validation", "validation"), ("test", "test")) if f"{split}_clips" in first.data)
+    size = data.test_size or data.size
+    whole = f", tested in {data.test_frames or data.frames} frames at {size}x{size}" if data.listed else ""
+    lost = max((sum(record.test.get("unreadable", {}).values()) for record in records if record.test), default=0)
+    return (f"{counted(len(records), 'run')}; {', '.join(most)} and {last} clips of {data.frames} frames at {data.size}x{data.size}{whole}; "
+            f"{f'{lost} test clips could not be read; ' if lost else ''}"
             f"{counted(first.run.training.epochs, 'epoch')}; {names(r.device for r in records)}; torch {names(r.versions['torch'] for r in records)}; "
             f"source {names(r.source for r in records)}, data {first.data['fingerprint']}.")
 
