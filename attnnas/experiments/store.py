@@ -114,11 +114,9 @@ class Store:
         It is computed again where the source of `modules` (names below attnnas) has changed, unless `rebuild` is set.
         """
         path, source = self.path(record.key, f"{name}.json"), source_hash(*modules)
-        kept = read_json(path) if path.exists() else {}
-        if not kept or kept["source"] != source and not rebuild:
-            kept = {"source": source, "value": compute()}
-            write_json(path, kept)
-        return kept["value"]
+        if not path.exists() or read_json(path)["source"] != source and not rebuild:
+            write_json(path, {"source": source, "value": compute()})
+        return read_json(path)["value"]
 
     @contextmanager
     def lock(self, key: str):
