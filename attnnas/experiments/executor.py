@@ -7,6 +7,7 @@ __all__ = ['take_part', 'Progress', 'with_sources', 'execute']
 
 # %% ../../nbs/53_experiments.executor.ipynb #1e105058
 import concurrent.futures
+import ctypes
 import json
 import multiprocessing
 import os
@@ -28,8 +29,17 @@ from .store import RunRecord, Store
 from ..training.processes import launch_command, processes
 
 # %% ../../nbs/53_experiments.executor.ipynb #d1338e76
+def _keep_memory():
+    "Have glibc keep freed memory for later; elsewhere nothing."
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None: return
+    mallopt(-4, 0)          # M_MMAP_MAX: no block of its own mapping
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give back only what exceeds this
+
+# %% ../../nbs/53_experiments.executor.ipynb #8c2ef06e
 def _start_worker(messages, parent: int):
     torch.set_num_threads(1)
+    _keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent decides
     globals().update(_messages=messages)
     threading.Thread(target=_follow, args=(_wait_for_death, parent), daemon=True).start()
