@@ -129,6 +129,20 @@ def test_a_killed_batch_continues_and_ends_with_the_same_records(tmp_path):
     assert resumed == whole and "top1" in whole
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="another C library")
+def test_workers_keep_their_memory():
+    "Page faults of twenty blocks of 64 MiB, one after the other: a worker clears the memory for the first one only."
+    script = """
+import resource, sys, torch
+from attnnas.experiments.executor import _keep_memory
+if sys.argv[1] == "kept": _keep_memory()
+for _ in range(20): torch.zeros(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"""
+    faults = {how: int(subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, check=True).stdout)
+              for how in ("kept", "given back")}
+    assert faults["given back"] - faults["kept"] > 10 * 2**26 / 4096, faults
+
+
 def test_workers_end_when_their_parent_is_killed(tmp_path):
     "If this fails, a killed batch leaves processes behind that hold its locks."
     script = tmp_path / "batch.py"

@@ -17,7 +17,7 @@ from attnnas.visual.cbam import CBAM, ChannelAttention, SpatialAttention
 from attnnas.visual.gates import GATE_SCALINGS, AttentionGate, shifted
 from attnnas.visual.l2pa import L2PA, L2PA_COMPATIBILITIES
 from attnnas.visual.localisation import chance, mass_inside, pointing_game
-from attnnas.visual.networks import STAGES, VISUAL_MODELS, visual_model
+from attnnas.visual.networks import STAGES, VISUAL_MODELS, InterleavedConv2d, visual_model
 from attnnas.visual.overlay import attention_table, combine, overlay, scaled, to_heat
 from attnnas.visual.residual import Hourglass, ResidualAttention, ResidualUnit
 from attnnas.visual.taxonomy import LABELS, Label, label
@@ -530,3 +530,23 @@ def test_masks_that_cannot_be_scored(wrong, told):
     objects = torch.zeros(1, 8, 8, dtype=torch.bool)
     objects[0, 2:4] = True
     with pytest.raises(AttnnasError, match=told): wrong(torch.ones(1, 1, 4, 4), objects)
+
+
+@pytest.mark.parametrize("dilation, size, groups", [(2, (4, 4), 6), (2, (7, 5), 6), (4, (8, 12), 6), (4, (3, 9), 2), (3, (1, 10), 1)])
+def test_an_interleaved_convolution_is_the_dilated_one(dilation, size, groups):
+    options = dict(padding=dilation, dilation=dilation, groups=groups, dtype=torch.float64)
+    dilated, interleaved = nn.Conv2d(6, 12, 3, **options), InterleavedConv2d(6, 12, 3, **options)
+    interleaved.load_state_dict(dilated.state_dict())
+    x = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
+    direction, found = torch.randn(2, 12, *size, dtype=torch.float64), []
+    for layer in (dilated, interleaved):
+        y = layer(x)
+        found.append([y, *torch.autograd.grad((y * direction).sum(), [x, layer.weight, layer.bias])])
+    for theirs, ours in zip(*found): torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("stride, dilations", [(32, set()), (16, {2}), (8, {2, 4})])
+def test_every_dilated_layer_is_interleaved(stride, dilations):
+    layers = [m for m in visual_model("plain", 10, width=0.35, output_stride=stride).modules() if isinstance(m, nn.Conv2d)]
+    assert {m.dilation[0] for m in layers if type(m) is InterleavedConv2d} == dilations
+    assert all(m.dilation == (1, 1) for m in layers if type(m) is nn.Conv2d)
