@@ -117,7 +117,7 @@ def _list(args):
     if args.what == "models": lines = [f"{name:16} {text}" for name, text in describe_models().items()]
     elif args.what == "operations": lines = [f"{d} {t} {a}" for d in DIMENSIONS for t in TYPES for a in ACTIVATIONS]
     elif args.what == "templates": lines = [f"{name:24} {' '.join(t for t in tiers() if name in load_tier(t).templates)}" for name in PLANS]
-    elif args.what == "tiers": lines = [f"{name:8} {len(planned(load_tier(name)))} runs without their searches" for name in tiers()]
+    elif args.what == "tiers": lines = [f"{name:9} {len(planned(load_tier(name)))} runs without their searches" for name in tiers()]
     else: lines = [f"{r.key}  {r.run.label:40} {r.status:9} {r.test['top1'] if r.test else float('nan'):5.1f} %  {r.finished}"
                    for r in Store(args.results).records()] or [f"no finished runs in {Path(args.results) / 'runs'}"]
     print(*lines, sep="\n")
@@ -221,14 +221,14 @@ def _cost(tier: str) -> list:
 def _doctor(args):
     packages = _packages()
     print(f"attnnas {importlib.metadata.version('attnnas') if packages else '(not installed as a package)'}, Python {sys.version.split()[0]}, torch {torch.__version__}")
-    for extra, found in packages.items(): print(f"{extra:10}", ", ".join(f"{name} {version or 'MISSING'}" for name, version in found.items()))
+    for extra, found in packages.items(): print(f"{extra:13}", ", ".join(f"{name} {version or 'MISSING'}" for name, version in found.items()))
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    print(f"{'devices':10}", ", ".join(f"{name} = {device_name(torch.device(name))}" if name != "cpu" else device_name(torch.device(name)) for name in devices))
+    print(f"{'devices':13}", ", ".join(f"{name} = {device_name(torch.device(name))}" if name != "cpu" else device_name(torch.device(name)) for name in devices))
     folder = Path(args.results).resolve()
-    print(f"{'results':10} {folder}: {shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free / 2**30:.0f} GiB free")
+    print(f"{'results':13} {folder}: {shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free / 2**30:.0f} GiB free")
     for tier in tiers():
-        print(f"{tier + ' tier':10}", "; ".join(f"missing {thing}" for thing in _missing(tier, packages)) or "ready")
-        for line in _cost(tier): print(" " * 10, line)
+        print(f"{tier + ' tier':13}", "; ".join(f"missing {thing}" for thing in _missing(tier, packages)) or "ready")
+        for line in _cost(tier): print(" " * 13, line)
 
 # %% ../nbs/90_cli.ipynb #a5dc15eb
 def parser() -> argparse.ArgumentParser:
@@ -244,7 +244,7 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("reproduce", _reproduce, "Make all runs, tables and pictures of a tier; finished runs are reused, stopped ones continue.")
-    sub.add_argument("--tier", default="quick", help="smoke, quick, full, or a .toml file (default: %(default)s)")
+    sub.add_argument("--tier", default="quick", help="smoke, quick, ablation, full, paper, or a .toml file (default: %(default)s)")
     sub.add_argument("--template", action="append", default=[], help="only this template; may be repeated (default: the tier's first ones)")
     sub.add_argument("--all", action="store_true", help="all templates of the tier, also those that take long")
     sub.add_argument("--fresh", action="store_true", help="remove the finished runs of the tier first")

@@ -196,14 +196,15 @@ def test_committed_tables_are_rebuilt_from_the_committed_records_to_the_byte(tmp
     assert path.read_bytes() == (ROOT / "results/quick/table_1_nonlocal.csv").read_bytes()
 
 
-def test_the_committed_ablation_is_rebuilt_from_the_committed_records_to_the_byte(tmp_path):
-    "results/quick/ablation_search.csv holds nothing that is not in results/runs."
+@pytest.mark.parametrize("tier", ["quick", "ablation"])
+def test_the_committed_ablation_is_rebuilt_from_the_committed_records_to_the_byte(tier, tmp_path):
+    "results/<tier>/ablation_search.csv holds nothing that is not in results/runs."
     from attnnas.experiments.ablation import ablation_frame
     from attnnas.experiments.plans import ablation_search
     from attnnas.experiments.tables import write_table
-    plan = ablation_search(load_tier("quick"))
+    plan = ablation_search(load_tier(tier))
     frame = ablation_frame(plan, execute(plan.values(), Store(ROOT / "results"), rebuild=True))
-    assert write_table(tmp_path, "table", frame, "")[0].read_bytes() == (ROOT / "results/quick/ablation_search.csv").read_bytes()
+    assert write_table(tmp_path, "table", frame, "")[0].read_bytes() == (ROOT / f"results/{tier}/ablation_search.csv").read_bytes()
 
 
 # ---- tables 1 to 4

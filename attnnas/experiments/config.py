@@ -156,7 +156,7 @@ SECTIONS = ("data", "training", "search_training", "search", "model", "templates
 
 
 def tiers() -> list:
-    "The names of the tiers, from quickest to dearest."
+    "The names of the tiers: four of everything, from quickest to dearest, then those of one question."
     found = [Path(file.name).stem for file in resources.files("attnnas").joinpath("tiers").iterdir() if file.name.endswith(".toml")]
     order = ("smoke", "quick", "full", "paper")
     return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))

@@ -117,8 +117,7 @@ def ablation_search(tier: Tier) -> dict:
     space = SearchSpace(s["operations"], tier.search["width"])
     variants = {"default": {"search_seeds": s["search_seeds"], "data": s["data"]}} | s["variants"]
     for data in s["data"]:
-        fewer = {"train_clips": s["train_clips"][data]} if data in s.get("train_clips", {}) else {}
-        make = lambda attention, seed, **options: changed(tier.run(data, s["backbone"], attention, seed, **options), data=fewer)
+        make = lambda attention, seed, **options: tier.run(data, s["backbone"], attention, seed, **options)
         for i in range(s["space_cells"]):
             runs[data, "space", "", i] = make("cell", 0, cell=space.sample(i).to_dict())
         for i in range(s["random_cells"] if data == s["data"][0] else 0):
