@@ -105,7 +105,8 @@ def reproduce(tier: str = "quick", results="reproduced", templates=(), device: s
 
     `templates`: only these (default: the tier's first ones; with `every`, all that it has). Finished runs are reused; `fresh`
     removes them first, and `rebuild` makes none, but takes the records that are there whatever source made them. `processes`
-    share each run, one a GPU; 0: as many as there are GPUs where the tier says so, else 1. Unchanged notebooks are left alone. A run or a template that fails does not stop the others; its executed notebook shows the error.
+    share each run, one a GPU; 0: as many as there are GPUs where the tier says so, else 1. Unchanged notebooks are left
+    alone. A run or a template that fails does not stop the others; its executed notebook shows the error.
     Raises: AttnnasError at the end, naming what failed.
     """
     setting, results = load_tier(tier), Path(results).resolve()

@@ -142,10 +142,9 @@ def execute(configs, store: Store, workers: int = 0, device: str = "auto", show:
     """The records of `configs`, in their order; those that `store` lacks are made, searches first.
 
     `workers` runs are made at once; 0 means one a core on a CPU, and two on a GPU. Each is one process, or, one run after the
-    other, `processes` that share it, one a GPU. With `rebuild`
-    nothing is run: the latest records count, whatever package source made them. Raises: AttnnasError
-    before any work where a configuration is wrong; after all others have finished, naming the runs that
-    failed; KeyboardInterrupt when stopped.
+    other, `processes` that share it, one a GPU. With `rebuild` nothing is run: the latest records count, whatever package
+    source made them. Raises: AttnnasError before any work where a configuration is wrong; after all others have finished,
+    naming the runs that failed; KeyboardInterrupt when stopped.
     """
     configs = list(configs)
     if rebuild: return _stored(configs, store)

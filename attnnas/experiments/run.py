@@ -167,8 +167,9 @@ def run(config: RunConfig, store: Store, device: str = "auto", progress: Callabl
         processes: OneProcess = ALONE) -> RunRecord:
     """Make the run `config`, or return its record if `store` has it. `progress(step, steps)` follows the training.
 
-    `processes`, each of which calls this, share the work; with several, theirs is the device. Raises: AttnnasError for bad input before training starts; Interrupted when asked to stop, after
-    which the same call continues.
+    `processes`, each of which calls this, share the work; with several, theirs is the device.
+    Raises: AttnnasError for bad input before training starts; Interrupted when asked to stop, after which the same call
+    continues.
     """
     if config.source: run(config.source, store, device, progress, processes)
     key, writes = key_of(config), processes.rank == 0
