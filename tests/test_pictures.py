@@ -1,6 +1,7 @@
 """Embedded pictures, flow of clips in memory, image networks on clips in one stream and two."""
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -196,9 +197,11 @@ def test_two_streams_learn_from_flow():
     labels = torch.arange(16) % 2
     x = torch.full((16, 5, 5, 16, 16), 115, dtype=torch.uint8)
     x[:, 3] = torch.where(labels == 1, 200, 56).view(-1, 1, 1, 1).to(torch.uint8)
-    for _ in range(30):
+    losses = []
+    for _ in range(60):
         loss = torch.nn.functional.cross_entropy(model(to_float(x) + .1 * torch.randn(x.shape)), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < .2
+        losses.append(loss.item())
+    assert np.median(losses[-20:]) < .2 < np.median(losses[:10])    # single steps leap, at so high a rate and so small a batch
