@@ -244,7 +244,7 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("reproduce", _reproduce, "Make all runs, tables and pictures of a tier; finished runs are reused, stopped ones continue.")
-    sub.add_argument("--tier", default="quick", help="smoke, quick, ablation, full, paper, or a .toml file (default: %(default)s)")
+    sub.add_argument("--tier", default="quick", help=f"{', '.join(tiers())}, or a .toml file (default: %(default)s)")
     sub.add_argument("--template", action="append", default=[], help="only this template; may be repeated (default: the tier's first ones)")
     sub.add_argument("--all", action="store_true", help="all templates of the tier, also those that take long")
     sub.add_argument("--fresh", action="store_true", help="remove the finished runs of the tier first")

@@ -545,6 +545,22 @@ def test_an_interleaved_convolution_is_the_dilated_one(dilation, size, groups):
     for theirs, ours in zip(*found): torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+def test_an_interleaved_convolution_of_another_kernel():
+    "Five rows by three columns, padded so that the size stays."
+    options = dict(padding=(4, 2), dilation=2, dtype=torch.float64)
+    dilated, interleaved = nn.Conv2d(2, 3, (5, 3), **options), InterleavedConv2d(2, 3, (5, 3), **options)
+    interleaved.load_state_dict(dilated.state_dict())
+    x = torch.randn(2, 2, 7, 6, dtype=torch.float64)
+    torch.testing.assert_close(interleaved(x), dilated(x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel, options", [(3, dict(dilation=2)), (3, dict(dilation=2, padding=2, stride=2)), (2, dict(dilation=2, padding=1)),
+                                             (3, dict(dilation=(2, 4), padding=(2, 4))), (3, dict(dilation=2, padding="same")),
+                                             (3, dict(dilation=2, padding=2, padding_mode="reflect"))])
+def test_what_cannot_be_interleaved_is_refused(kernel, options):
+    with pytest.raises(AttnnasError, match="Expected stride 1.* got InterleavedConv2d"): InterleavedConv2d(4, 4, kernel, **options)
+
+
 @pytest.mark.parametrize("stride, dilations", [(32, set()), (16, {2}), (8, {2, 4})])
 def test_every_dilated_layer_is_interleaved(stride, dilations):
     layers = [m for m in visual_model("plain", 10, width=0.35, output_stride=stride).modules() if isinstance(m, nn.Conv2d)]

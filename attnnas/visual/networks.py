@@ -121,12 +121,20 @@ class InterleavedConv2d(nn.Conv2d):
     """A dilated convolution of stride 1 that keeps the size, as ordinary ones: (B, C, H, W) -> (B, C', H, W).
 
     Arguments, parameters and function are those of nn.Conv2d. Source: "space to batch", the usual atrous trick.
+    Raises: AttnnasError for another stride or padding, an even kernel, and two different dilations.
     """
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        keeps = tuple(d * (k // 2) for d, k in zip(self.dilation, self.kernel_size))
+        odd, alike = all(k % 2 for k in self.kernel_size), len(set(self.dilation)) == 1
+        if (self.stride, self.padding, self.padding_mode) == ((1, 1), keeps, "zeros") and odd and alike: return
+        raise AttnnasError(f"Expected stride 1, an odd kernel, one dilation and zeros as padding, {keeps} here, got {self}. Use nn.Conv2d.")
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (b, _, h, w), d = x.shape, self.dilation[0]
         apart = F.pad(x, (0, -w % d, 0, -h % d)).movedim(1, -1).unflatten(2, (-1, d)).unflatten(1, (-1, d))
         apart = apart.permute(2, 4, 0, 1, 3, 5).flatten(0, 2).movedim(-1, 1)
-        y = F.conv2d(apart, self.weight, self.bias, padding=self.padding[0] // d, groups=self.groups).movedim(1, -1)
+        y = F.conv2d(apart, self.weight, self.bias, padding=[k // 2 for k in self.kernel_size], groups=self.groups).movedim(1, -1)
         return y.unflatten(0, (d, d, b)).permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2)[:, :h, :w].movedim(-1, 1)
 
 
