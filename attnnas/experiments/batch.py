@@ -72,8 +72,8 @@ def run_template(name: str, parameters: dict, output) -> Path:
 def notebook_key(name: str, parameters: dict, tier: Tier, store: Store) -> str:
     "What an executed template depends on."
     runs = with_sources(PLANS[name](tier)).values()
-    latest = store.latest() if parameters["rebuild"] else {}
-    records = [latest.get(run.hash) if parameters["rebuild"] else store.get(key_of(run)) for run in runs]
+    known = store.known(runs) if parameters["rebuild"] else {}
+    records = [known.get(run.hash) if parameters["rebuild"] else store.get(key_of(run)) for run in runs]
     package = Path(attnnas.__file__).parent
     modules = [".".join(path.relative_to(package).with_suffix("").parts) for path in sorted(package.rglob("*.py"))]
     return content_hash([template_path(name).read_text(encoding="utf-8"), parameters, dataclasses.asdict(tier),

@@ -68,7 +68,7 @@ def cost_line(rows, searches) -> dict:
 
 # %% ../../nbs/56_experiments.claims.ipynb #3de3cac1
 def write_claims(tier: Tier, results, reference) -> list:
-    """Write `results`/<tier>/claims.md from the latest records, whatever made them; returns its path in a list.
+    """Write `results`/<tier>/claims.md from the records that are there, whatever made them; returns its path in a list.
 
     `reference`: the folder of the published tables. A table without records gives lines that say so.
     """

@@ -142,7 +142,7 @@ def execute(configs, store: Store, workers: int = 0, device: str = "auto", show:
     """The records of `configs`, in their order; those that `store` lacks are made, searches first.
 
     `workers` runs are made at once; 0 means one a core on a CPU, and two on a GPU. Each is one process, or, one run after the
-    other, `processes` that share it, one a GPU. With `rebuild` nothing is run: the latest records count, whatever package
+    other, `processes` that share it, one a GPU. With `rebuild` nothing is run: the records that are there count, whatever package
     source made them. Raises: AttnnasError before any work where a configuration is wrong; after all others have finished,
     naming the runs that failed; KeyboardInterrupt when stopped.
     """
@@ -163,7 +163,7 @@ def execute(configs, store: Store, workers: int = 0, device: str = "auto", show:
 
 # %% ../../nbs/53_experiments.executor.ipynb #59f68661
 def _stored(configs: list, store: Store) -> list:
-    records = store.latest()
+    records = store.known(configs)
     for config in configs:
         if config.hash not in records: raise AttnnasError(f"There is no record of {config.label} in {store.folder / 'runs'} to rebuild from.")
     return [records[config.hash] for config in configs]

@@ -104,9 +104,16 @@ class Store:
         "All finished records, in order of their keys."
         return [RunRecord.load(path) for path in sorted(self.folder.glob("runs/*/record.json"))]
 
-    def latest(self) -> dict:
-        "{hash of the configuration: its latest record}, whatever data fingerprint and source it was made with."
-        return {record.run.hash: record for record in sorted(self.records(), key=lambda record: record.finished)}
+    def known(self, configs) -> dict:
+        """{hash: record} of those of `configs` that have one, whatever data fingerprint and source it was made with.
+
+        Records of one source compare best: the source that made most of them counts first, and of two that made as many the later.
+        """
+        wanted, made = {config.hash for config in configs}, {}
+        for record in sorted(self.records(), key=lambda record: record.finished):
+            if (name := record.run.hash) in wanted: made.setdefault(record.source, {})[name] = record
+        rising = sorted(made.values(), key=lambda records: (len(records), max(record.finished for record in records.values())))
+        return {name: record for records in rising for name, record in records.items()}
 
     def measured(self, record: RunRecord, name: str, modules, compute: Callable, rebuild: bool = False):
         """What `compute()` finds of the trained network of `record`, plain values, kept as `name`.json beside it.

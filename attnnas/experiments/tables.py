@@ -111,7 +111,7 @@ def collect(plan: dict, store, device: str = "auto", rebuild: bool = False) -> t
     What is not finished is made; with `rebuild` nothing is, and rows without records are left out. Raises: AttnnasError
     where rows cannot be compared, or none has records.
     """
-    known = store.latest() if rebuild else {}
+    known = store.known([run for runs in plan.values() for run in runs]) if rebuild else {}
     there = {name: runs for name, runs in plan.items() if not rebuild or all(run.hash in known for run in runs)}
     if not there: raise AttnnasError(f"There are no records of this table in {store.folder / 'runs'} to rebuild it from. Run it first.")
     records = iter(execute([run for runs in there.values() for run in runs], store, device=device, rebuild=rebuild))

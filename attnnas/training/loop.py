@@ -102,7 +102,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig, own_rates=()) -> to
     groups += [{"params": list(parameters), "peak": peak, "weight_decay": 0.0} for parameters, peak in own_rates]
     common = {"lr": 0.0, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd": return torch.optim.SGD(groups, momentum=config.momentum, **common)
-    return torch.optim.AdamW(groups, **common)
+    return torch.optim.AdamW(groups, foreach=True, **common)  # same bits; a CPU would take one parameter after the other
 
 
 def classify(model: nn.Module, video: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
