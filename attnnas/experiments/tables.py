@@ -195,7 +195,7 @@ def number(value, digits: int = 1, signed: bool = False) -> str:
 
 def counted(count: int, noun: str) -> str:
     "1 seed, 2 seeds."
-    return f"{count} {noun}{'s' * (count != 1)}"
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def plus_minus(mean, sd, digits: int = 1, signed: bool = False) -> str:
