@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -61,11 +62,12 @@ def run_template(name: str, parameters: dict, output) -> Path:
     path, output = template_path(name), Path(output)
     check_parameters(path, parameters)
     output.parent.mkdir(parents=True, exist_ok=True)
-    local = Config(KernelManager={"transport": "ipc"})  # over TCP, the kernel would warn on the terminal
-    try: papermill.execute_notebook(str(path), str(output), parameters, progress_bar=False, cwd=str(path.parent),
-                                    kernel_name="python3", config=local)
-    except papermill.PapermillExecutionError as error:
-        raise AttnnasError(f"{name} failed in cell {error.cell_index}: {error.ename}: {error.evalue}. See {output}.") from None
+    with tempfile.TemporaryDirectory() as sockets:  # over TCP, the kernel would warn on the terminal
+        local = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
+        try: papermill.execute_notebook(str(path), str(output), parameters, progress_bar=False, cwd=str(path.parent),
+                                        kernel_name="python3", config=local)
+        except papermill.PapermillExecutionError as error:
+            raise AttnnasError(f"{name} failed in cell {error.cell_index}: {error.ename}: {error.evalue}. See {output}.") from None
     return output
 
 # %% ../../nbs/59_experiments.batch.ipynb #46d1bf42
