@@ -62,8 +62,8 @@ def run_template(name: str, parameters: dict, output) -> Path:
     path, output = template_path(name), Path(output)
     check_parameters(path, parameters)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as sockets:  # over TCP, the kernel would warn on the terminal
-        local = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
+    with tempfile.TemporaryDirectory() as sockets:  # by default all kernels have theirs in nbs/paper, under the same names
+        local = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})  # TCP would warn on the terminal
         try: papermill.execute_notebook(str(path), str(output), parameters, progress_bar=False, cwd=str(path.parent),
                                         kernel_name="python3", config=local)
         except papermill.PapermillExecutionError as error:
