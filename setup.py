@@ -26,7 +26,7 @@ setup(
     keywords=settings["keywords"],
     python_requires=f">={settings['min_python']}",
     packages=find_packages(include=["attnnas", "attnnas.*"]),
-    package_data={"attnnas": ["tiers/*.toml"]},
+    package_data={"attnnas.evidence": ["tiers/*.toml"]},
     install_requires=settings["requirements"].split(),
     extras_require=extras,
     entry_points={

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 
-from attnnas.attention import ACTIVATIONS, attend, attention_weights
-from attnnas.core import device_name
-from attnnas.kernels import best_path
-from attnnas.non_local import NonLocalBlock
+from attnnas.attention.formula import ACTIVATIONS, attend, attention_weights
+from attnnas.core.devices import device_name
+from attnnas.attention.kernels import best_path
+from attnnas.networks.non_local import NonLocalBlock
 
 CPU, MIB = device_name(torch.device("cpu")), 2**20
 

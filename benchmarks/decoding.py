@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from attnnas.core import device_name
+from attnnas.core.devices import device_name
 from attnnas.data.decode import iterate
 from attnnas.data.flow import pyav
 from attnnas.data.manifest import folder_manifest

@@ -20,8 +20,9 @@ import cv2
 import numpy as np
 import torch
 
-from attnnas.core import device_name
-from attnnas.data.flow import BOUND, METHODS, STORES, from_bytes, optical_flow, read_flow, to_bytes, write_flow
+from attnnas.core.devices import device_name
+from attnnas.data.flow import (BOUND, METHODS, STORES, from_bytes, optical_flow, read_flow,
+                               to_bytes, write_flow)
 from attnnas.data.synthetic import benchmark, make_clips
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "bench"

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from attnnas.core import device_name
+from attnnas.core.devices import device_name
 from attnnas.data.synthetic import benchmark, make_clips
 
 SIZES = ((8, 24), (16, 32), (32, 64), (64, 112))

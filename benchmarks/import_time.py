@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from attnnas.core import device_name, versions
+from attnnas.core.devices import device_name, versions
 
 MODULES, GOAL = ("torch", "attnnas"), 0.3
 CHILD = """

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-from attnnas.backbones.registry import create_model
-from attnnas.core import device_name, pick_device, seed_everything
-from attnnas.experiments.config import load_tier
-from attnnas.insertion import insert
-from attnnas.non_local import NonLocalBlock
+from attnnas.networks.registry import create_model
+from attnnas.core.devices import device_name, pick_device
+from attnnas.core.seeds import seed_everything
+from attnnas.evidence.config import load_tier
+from attnnas.networks.insertion import insert
+from attnnas.networks.non_local import NonLocalBlock
 from attnnas.search.differentiable import SearchConfig, insert_supergraphs
-from attnnas.space import CellSpec
+from attnnas.cells.spec import CellSpec
 from attnnas.training.loop import TrainingConfig, make_optimizer, train_step
 
 CELL = Path(__file__).parent.parent / "results/quick/figure_cells.json"

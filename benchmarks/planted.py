@@ -23,13 +23,14 @@ from pathlib import Path
 
 import torch
 
-from attnnas.backbones.registry import create_model
-from attnnas.core import seed_everything
-from attnnas.insertion import insert
+from attnnas.networks.registry import create_model
+from attnnas.core.seeds import seed_everything
+from attnnas.networks.insertion import insert
 from attnnas.search.differentiable import SearchConfig, differentiable
-from attnnas.search.planted import PLANTED, TASKS, PatchNet, chance_level, planted_clips, planted_ranks
-from attnnas.space import CellSpec
-from attnnas.supergraph import default_nodes
+from attnnas.search.planted import (PLANTED, TASKS, PatchNet, chance_level, planted_clips,
+                                    planted_ranks)
+from attnnas.cells.spec import CellSpec
+from attnnas.cells.supergraph import default_nodes
 from attnnas.training.evaluation import evaluate
 from attnnas.training.loop import Trainer, TrainingConfig
 

@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from attnnas.backbones.registry import create_model
-from attnnas.core import device_name, seed_everything
-from attnnas.fused import FusedSupergraph
-from attnnas.insertion import insert
-from attnnas.supergraph import Supergraph
+from attnnas.networks.registry import create_model
+from attnnas.core.devices import device_name
+from attnnas.core.seeds import seed_everything
+from attnnas.cells.fused import FusedSupergraph
+from attnnas.networks.insertion import insert
+from attnnas.cells.supergraph import Supergraph
 
 VARIANTS = {"plain": None, "fused": FusedSupergraph, "fused, pooled keys": partial(FusedSupergraph, pool_keys=True),
             "literal": Supergraph}

@@ -11,12 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path  # noqa: E402
 
-from attnnas.experiments.ablation import validation_top1  # noqa: E402
-from attnnas.experiments.config import load_tier  # noqa: E402
-from attnnas.experiments.executor import execute  # noqa: E402
-from attnnas.experiments.store import Store  # noqa: E402
+from attnnas.evidence.ablation import validation_top1  # noqa: E402
+from attnnas.evidence.config import load_tier  # noqa: E402
+from attnnas.evidence.executor import execute  # noqa: E402
+from attnnas.evidence.store import Store  # noqa: E402
 from attnnas.search.tabular import TabularBenchmark, different_cells, run_of  # noqa: E402
-from attnnas.space import SearchSpace  # noqa: E402
+from attnnas.cells.space import SearchSpace  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 

@@ -10,12 +10,12 @@ import time
 
 import torch
 
-from attnnas.backbones.registry import create_model
-from attnnas.core import seed_everything
+from attnnas.networks.registry import create_model
+from attnnas.core.seeds import seed_everything
 from attnnas.data.synthetic import benchmark, make_clips
-from attnnas.derivation import random_cell
-from attnnas.insertion import insert
-from attnnas.non_local import NonLocalBlock
+from attnnas.cells.derivation import random_cell
+from attnnas.networks.insertion import insert
+from attnnas.networks.non_local import NonLocalBlock
 from attnnas.search.differentiable import SearchConfig, insert_supergraphs
 from attnnas.training.loop import Trainer, TrainingConfig
 

@@ -12,7 +12,7 @@ attnnas.data.images, which a notebook can call.
 import argparse
 import sys
 
-from attnnas.core import AttnnasError
+from attnnas.core.errors import AttnnasError
 from attnnas.data.flow import BOUND, METHODS, STORES
 from attnnas.data.images import prepare_images
 from attnnas.data.manifest import Manifest, summary_text

@@ -28,11 +28,11 @@ class MathML(IPythonRenderer):
 
 
 def on_config(config):
-    "The menu: notebooks in their order, then the evidence."
-    pages = lambda folder: [{title(path): path.relative_to(ROOT / "nbs").with_suffix(".md").as_posix()}
-                            for path in sorted(folder.glob("*.ipynb")) if path.stem != "index"]
-    config.nav = [{"attnnas": "index.md"}, {"Library": pages(ROOT / "nbs")}]
-    if pages(ROOT / "nbs/paper"): config.nav.append({"Evidence": pages(ROOT / "nbs/paper")})
+    "The menu: a chapter a room, in the order in which the index lists them, then the tables and figures."
+    rooms = dict.fromkeys(path.relative_to(ROOT / "nbs").parts[0] for path in read_in_order())
+    config.nav = [{"attnnas": "index.md"}]
+    config.nav += [{room: pages_of(path for path in read_in_order() if room in path.parts)} for room in rooms]
+    config.nav.append({"tables and figures": pages_of(sorted((ROOT / "nbs/paper").glob("*.ipynb")))})
     linked.clear()
     return config
 
@@ -74,6 +74,18 @@ def site_link(path: str, folder: str) -> str:
     if not (ROOT / path).is_file(): raise SystemExit(f"A notebook in {folder} links to {path}, which is no file.")
     linked.add(path)
     return os.path.relpath(f"nbs/files/{path}", folder)
+
+
+def read_in_order() -> list:
+    "The library's notebooks, as the index links to them."
+    text = "\n".join(cell.source for cell in nbformat.read(ROOT / "nbs/index.ipynb", as_version=4).cells)
+    links = [ROOT / "nbs" / link for link in re.findall(r"\]\(([a-z][^)]*\.ipynb)\)", text.partition("## Read on")[2])]
+    return list(dict.fromkeys(link for link in links if link.parent.name != "paper"))
+
+
+def pages_of(paths) -> list:
+    "Entries of the menu for notebooks."
+    return [{title(path): path.relative_to(ROOT / "nbs").with_suffix(".md").as_posix()} for path in paths]
 
 
 def notebook_of(page) -> Path: return (ROOT / "nbs" / page.file.src_uri).with_suffix(".ipynb")

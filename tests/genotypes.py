@@ -1,7 +1,7 @@
 """Supergraphs in which a derivation leaves nothing out: what the tests of derived cells start from."""
 import torch
 
-from attnnas.attention import ACTIVATIONS
+from attnnas.attention.formula import ACTIVATIONS
 
 
 @torch.no_grad()

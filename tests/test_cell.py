@@ -5,12 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from attnnas.cell import AttentionCell
-from attnnas.core import AttnnasError, generator
-from attnnas.derivation import carry_over, derive, random_cell
-from attnnas.ops import ACTIVATIONS, DIMENSIONS
-from attnnas.space import CellSpec, OperationSpec, SearchSpace
-from attnnas.supergraph import ConnectionWeights, Supergraph, default_nodes
+from attnnas.cells.cell import AttentionCell
+from attnnas.core.errors import AttnnasError
+from attnnas.core.seeds import generator
+from attnnas.cells.derivation import carry_over, derive, random_cell
+from attnnas.cells.operations.base import ACTIVATIONS, DIMENSIONS
+from attnnas.cells.space import SearchSpace
+from attnnas.cells.spec import CellSpec, OperationSpec
+from attnnas.cells.supergraph import ConnectionWeights, Supergraph, default_nodes
 from genotypes import leave_only
 
 double = dict(dtype=torch.float64)

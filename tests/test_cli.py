@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from attnnas import cli
-from attnnas.space import CellSpec
+from attnnas.cli import main as cli
+from attnnas.cells.spec import CellSpec
 
 TINY = ["--frames", "4", "--size", "16", "--train-clips", "16", "--validation-clips", "8", "--test-clips", "12", "--epochs", "1",
         "--batch-size", "8", "--levels", "1", "--width", "4", "--device", "cpu"]
@@ -127,9 +127,9 @@ def test_a_results_folder_that_cannot_be_written_is_named(capsys, tmp_path):
 FULL_DISK = """
 import errno, os, sys
 import attnnas.core
-from attnnas.experiments.run import run
-from attnnas.experiments.store import Store
-from attnnas.experiments.config import RunConfig, DataConfig
+from attnnas.evidence.run import run
+from attnnas.evidence.store import Store
+from attnnas.evidence.config import RunConfig, DataConfig
 from attnnas.training.loop import TrainingConfig
 def full(handle): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 config = RunConfig(data=DataConfig(frames=4, size=16, train_clips=16, validation_clips=8, test_clips=12), training=TrainingConfig(epochs=1, batch_size=8))

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from attnnas.experiments.batch import reproduce
-from attnnas.experiments.config import tiers
+from attnnas.evidence.batch import reproduce
+from attnnas.evidence.config import tiers
 
 RESULTS = Path(__file__).parent.parent / "results"
 MADE = {"quick": ["table_0_benchmark", "table_1_nonlocal", "table_2_modalities", "table_3_backbones", "table_4_datasets",

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from attnnas.core import AttnnasError
+from attnnas.core.errors import AttnnasError
 from attnnas.data import synthetic, video
 from attnnas.data.ceilings import ceilings
 from attnnas.data.clips import Clips, ClipSource, to_float
-from attnnas.data.synthetic import (BENCHMARKS, CLASS_EVENTS, EVENTS, benchmark, classes, draw_factors,
-                                    event_frames, make_clips, object_masks, render)
+from attnnas.data.synthetic import (BENCHMARKS, CLASS_EVENTS, EVENTS, benchmark, classes,
+                                    draw_factors, event_frames, make_clips, object_masks, render)
 from attnnas.data.video import VideoFolder, decode, encode, folder_name, write_video_folder
 
 both = pytest.mark.parametrize("name", ["A", "B"])

@@ -6,11 +6,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attnnas.backbones.registry import create_model
-from attnnas.core import AttnnasError, generator, seed_everything
+from attnnas.networks.registry import create_model
+from attnnas.core.errors import AttnnasError
+from attnnas.core.seeds import generator, seed_everything
 from attnnas.data.clips import Clips, to_float
-from attnnas.insertion import insert
-from attnnas.space import CellSpec, OperationSpec
+from attnnas.networks.insertion import insert
+from attnnas.cells.spec import CellSpec, OperationSpec
 from attnnas.training.distillation import Distillation
 from attnnas.training.loop import Trainer, TrainingConfig
 

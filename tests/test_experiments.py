@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from attnnas.core import AttnnasError
-from attnnas.experiments import store as store_module
-from attnnas.experiments.config import DataConfig, ModelConfig, RunConfig, load_tier, tiers
-from attnnas.experiments.executor import execute, with_sources
-from attnnas.experiments.plans import planned, rows_of, table_1_nonlocal
-from attnnas.experiments.run import key_of, load_model, open_data, run
-from attnnas.experiments.store import RunRecord, Store
-from attnnas.experiments.tables import Row, check_comparable, collect, comparison, published, published_cells
+from attnnas.core.errors import AttnnasError
+from attnnas.evidence import store as store_module
+from attnnas.evidence.config import DataConfig, ModelConfig, RunConfig, load_tier, tiers
+from attnnas.evidence.executor import execute, with_sources
+from attnnas.evidence.plans import planned, rows_of, table_1_nonlocal
+from attnnas.evidence.run import key_of, load_model, open_data, run
+from attnnas.evidence.store import RunRecord, Store
+from attnnas.evidence.tables import (Row, check_comparable, collect, comparison, published,
+                                     published_cells)
 from attnnas.training.evaluation import evaluate
 from attnnas.training.loop import TrainingConfig
 
@@ -101,10 +102,10 @@ def test_a_diverged_run_is_recorded_and_shown_as_such(tmp_path):
 
 KILLED = """
 import sys
-from attnnas.experiments.executor import execute
-from attnnas.experiments.plans import planned
-from attnnas.experiments.config import load_tier
-from attnnas.experiments.store import Store
+from attnnas.evidence.executor import execute
+from attnnas.evidence.plans import planned
+from attnnas.evidence.config import load_tier
+from attnnas.evidence.store import Store
 if __name__ == "__main__":
     records = execute(planned(load_tier("smoke"), ["figure_attention_maps"]), Store(sys.argv[1]), 1, "cpu", False)
     print(*[(r.key, r.test) for r in records])
@@ -134,7 +135,7 @@ def test_workers_keep_their_memory():
     "Page faults of twenty blocks of 64 MiB, one after the other: a worker clears the memory for the first one only."
     script = """
 import resource, sys, torch
-from attnnas.experiments.executor import _keep_memory
+from attnnas.evidence.executor import _keep_memory
 if sys.argv[1] == "kept": _keep_memory()
 for _ in range(20): torch.zeros(2**24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"""
@@ -191,7 +192,7 @@ def test_committed_tables_are_rebuilt_from_the_committed_records_to_the_byte(tmp
     records = iter(execute([c for runs in plan.values() for c in runs], Store(ROOT / "results"), rebuild=True))
     rows = [Row(*name, tuple(next(records) for _ in runs)) for name, runs in plan.items()]
     check_comparable(rows)
-    from attnnas.experiments.tables import write_table
+    from attnnas.evidence.tables import write_table
     path = write_table(tmp_path, "table", comparison(rows, published(ROOT / "results/reference", "table_1_nonlocal")), "")[0]
     assert path.read_bytes() == (ROOT / "results/quick/table_1_nonlocal.csv").read_bytes()
 
@@ -199,9 +200,9 @@ def test_committed_tables_are_rebuilt_from_the_committed_records_to_the_byte(tmp
 @pytest.mark.parametrize("tier", ["quick", "ablation"])
 def test_the_committed_ablation_is_rebuilt_from_the_committed_records_to_the_byte(tier, tmp_path):
     "results/<tier>/ablation_search.csv holds nothing that is not in results/runs."
-    from attnnas.experiments.ablation import ablation_frame
-    from attnnas.experiments.plans import ablation_search
-    from attnnas.experiments.tables import write_table
+    from attnnas.evidence.ablation import ablation_frame
+    from attnnas.evidence.plans import ablation_search
+    from attnnas.evidence.tables import write_table
     plan = ablation_search(load_tier(tier))
     frame = ablation_frame(plan, execute(plan.values(), Store(ROOT / "results"), rebuild=True))
     assert write_table(tmp_path, "table", frame, "")[0].read_bytes() == (ROOT / f"results/{tier}/ablation_search.csv").read_bytes()

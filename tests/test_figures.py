@@ -14,16 +14,17 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch, PathPatch, Rectangle
 from matplotlib.text import Text
 
-from attnnas.cell import AttentionCell
-from attnnas.core import AttnnasError
-from attnnas.derivation import derive, random_cell
+from attnnas.cells.cell import AttentionCell
+from attnnas.core.errors import AttnnasError
+from attnnas.cells.derivation import derive, random_cell
 from attnnas.figures.attention import collect, map_overlay, query_overlay, query_weights, to_pixels
 from attnnas.figures.cells import COLOURS, draw_cell, draw_supergraph
 from attnnas.figures.curves import connection_curves, learning_curves, relative_entropy
-from attnnas.insertion import insert
-from attnnas.ops import DIMENSIONS, TYPES, create_operation
-from attnnas.space import ALL_OPERATIONS, CellSpec, OperationSpec, SearchSpace
-from attnnas.supergraph import default_nodes
+from attnnas.networks.insertion import insert
+from attnnas.cells.operations.base import DIMENSIONS, TYPES, create_operation
+from attnnas.cells.space import SearchSpace
+from attnnas.cells.spec import ALL_OPERATIONS, CellSpec, OperationSpec
+from attnnas.cells.supergraph import default_nodes
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from attnnas.core import AttnnasError, generator
+from attnnas.core.errors import AttnnasError
+from attnnas.core.seeds import generator
 from attnnas.data.decode import encode, in_workers, iterate
-from attnnas.data.flow import (BOUND, METHODS, STORES, flow_tensor, flows, from_bytes, mirror_flow, optical_flow, read_flow,
-                               to_bytes, write_flow)
+from attnnas.data.flow import (BOUND, METHODS, STORES, flow_tensor, flows, from_bytes, mirror_flow,
+                               optical_flow, read_flow, to_bytes, write_flow)
 from attnnas.data.video import ClipConfig, VideoClips, VideoLoader
 
 pytest.importorskip("av")

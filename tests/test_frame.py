@@ -15,9 +15,11 @@ from packaging.utils import canonicalize_name
 
 from declared import ROOT, installed, needed, pins, requirements, settings
 
-LIBRARY = sorted((ROOT / "nbs").glob("*.ipynb"))
-TEMPLATES = sorted((ROOT / "nbs/paper").glob("*.ipynb"))
-NOTEBOOKS = LIBRARY + TEMPLATES
+NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+TEMPLATES = [path for path in NOTEBOOKS if path.parent.name == "paper"]
+LIBRARY = [path for path in NOTEBOOKS if path not in TEMPLATES]
+ROOMS = ("core", "attention", "data", "cells", "networks", "visual", "training", "explain", "search", "figures",
+         "evidence", "cli")  # from the ground up: a room stands on those before it
 MODULES = sorted((ROOT / "attnnas").rglob("*.py"))
 CORE = {canonicalize_name(Requirement(text).name) for text in requirements()[""]}
 name_of = lambda path: path.relative_to(ROOT).as_posix()
@@ -237,28 +239,58 @@ def test_package_uses_no_notebook_tools_and_no_star_imports(path):
 
 
 def exported_modules() -> dict:
-    "Module name -> its place in the reading order, by the numbers of the notebooks."
+    "Module name -> the path of its notebook below nbs/, without the ending."
     found = {}
     for path in LIBRARY:
         code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
-        for module in re.findall(r"^#\| default_exp (\S+)", code, re.M): found[f"attnnas.{module}"] = path.stem
+        for module in re.findall(r"^#\| default_exp (\S+)", code, re.M):
+            found[module] = path.relative_to(ROOT / "nbs").with_suffix("")
     return found
 
 
+def test_a_notebook_lies_where_its_module_does():
+    "If this fails, a reader of nbs/<room>/NN_name.ipynb does not find its code in attnnas/<room>/name.py."
+    lies = {module: ".".join([*path.parts[:-1], re.sub(r"^\d\d_", "", path.name)])
+            for module, path in exported_modules().items()}
+    assert {module: place for module, place in lies.items() if place != module} == {}
+
+
+def arrows(path: Path) -> set:
+    "The modules of this package that the module at `path` imports, imports inside functions included."
+    known = exported_modules()
+    names = {name.removeprefix("attnnas.") for name, _ in imports(path) if name.startswith("attnnas.")}
+    return {module for module in known for name in names if name == module or name.startswith(module + ".")}
+
+
 @pytest.mark.parametrize("module", exported_modules())
-def test_module_builds_only_on_earlier_notebooks(module):
-    "If this fails, a lesson needs one that comes later, and an arrow between the floors points upwards."
+def test_arrows_go_down(module):
+    "If this fails, a room needs one above it, or a lesson one that comes later in its room."
     place = exported_modules()
-    path = (ROOT / module.replace(".", "/")).with_suffix(".py")
-    later = [f"{place[other]} ({other})" for name, _ in imports(path) for other in place
-             if (name == other or name.startswith(other + ".")) and place[other] > place[module]]
-    assert later == []
+
+    def height(name):
+        room, *folder, _ = place[name].parts
+        return ROOMS.index(room), not folder, place[name].as_posix()  # what lies in a folder of a room comes first
+
+    path = (ROOT / "attnnas" / module.replace(".", "/")).with_suffix(".py")
+    assert [other for other in arrows(path) if height(other) > height(module)] == []
+
+
+FOUND_BY_NAME = {"networks/registry.py": "a model's builder, by the registry's own table",
+                 "attention/triton.py": "the package triton, where it is installed"}
 
 
 @each_module
-def test_module_is_small_enough_to_read(path):
-    "If this fails, the module holds more than one idea: split its notebook."
-    if path.name != "_modidx.py": assert len(path.read_text(encoding="utf-8").splitlines()) <= 420
+def test_no_module_is_found_by_a_string(path):
+    "If this fails, an arrow hides from the test above."
+    if path.relative_to(ROOT / "attnnas").as_posix() in FOUND_BY_NAME: return
+    assert not re.search(r"\b(import_module|__import__)\b", path.read_text(encoding="utf-8"))
+
+
+def test_code_is_read_once():
+    "If this fails, a line is longer than a reader takes in, a function has more than 40 statements, or a name is unused."
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--output-format", "concise", "."], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ---- the Makefile

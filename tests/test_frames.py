@@ -8,15 +8,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attnnas.backbones import frames
-from attnnas.backbones.base import Backbone
-from attnnas.backbones.frames import (FrameAverage, FrameNetwork, PerFrame, Relations, StNet, TemporalXception,
-                                      TwoStream, image_name, super_images, temporal_block)
-from attnnas.core import AttnnasError
-from attnnas.insertion import insert, inserted, remove, site_shapes
-from attnnas.non_local import NonLocalBlock
-from attnnas.profile import count_flops
-from attnnas.space import CellSpec, OperationSpec
+from attnnas.networks import frames
+from attnnas.networks.base import Backbone
+from attnnas.networks.frames import (FrameAverage, FrameNetwork, PerFrame, Relations, StNet,
+                                     TemporalXception, TwoStream, image_name, super_images,
+                                     temporal_block)
+from attnnas.core.errors import AttnnasError
+from attnnas.networks.insertion import insert, inserted, remove, site_shapes
+from attnnas.networks.non_local import NonLocalBlock
+from attnnas.networks.profile import count_flops
+from attnnas.cells.spec import CellSpec, OperationSpec
 
 SPEC = CellSpec((OperationSpec("temporal", "dot-product", "softmax"),
                  OperationSpec("spatiotemporal", "map-based", "sigmoid")), inputs=((0,), (0, 1)), width=8)
@@ -278,7 +279,7 @@ def test_two_streams_by_hand(weight):
 
 
 def test_two_streams_of_any_backbones():
-    from attnnas.backbones.inception import i3d_small
+    from attnnas.networks.inception import i3d_small
     model = TwoStream(i3d_small(5), i3d_small(5, in_channels=2), flow_weight=3).eval()
     x = clips(2, 5, 8, 24, 24)
     torch.testing.assert_close(model(x), (model.rgb(x[:, :3]) + 3 * model.flow(x[:, 3:])) / 4)

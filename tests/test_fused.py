@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnnas.core import AttnnasError, generator
-from attnnas.derivation import carry_over, derive
-from attnnas.fused import FusedSupergraph
-from attnnas.space import OperationSpec
-from attnnas.supergraph import ConnectionWeights, Supergraph, default_nodes
+from attnnas.core.errors import AttnnasError
+from attnnas.core.seeds import generator
+from attnnas.cells.derivation import carry_over, derive
+from attnnas.cells.fused import FusedSupergraph
+from attnnas.cells.spec import OperationSpec
+from attnnas.cells.supergraph import ConnectionWeights, Supergraph, default_nodes
 from genotypes import leave_only
 
 double = dict(dtype=torch.float64)

@@ -6,9 +6,12 @@ import re
 
 import pytest
 
-from attnnas.core import AttnnasError, canonical_json, write_json
-from attnnas.derivation import random_cell
-from attnnas.space import CellSpec, OperationSpec, SearchSpace
+from attnnas.core.errors import AttnnasError
+from attnnas.core.files import write_json
+from attnnas.core.hashes import canonical_json
+from attnnas.cells.derivation import random_cell
+from attnnas.cells.space import SearchSpace
+from attnnas.cells.spec import CellSpec, OperationSpec
 
 A, B = OperationSpec("spatial", "map-based", "relu"), OperationSpec("temporal", "dot-product", "none")
 

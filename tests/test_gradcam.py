@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from attnnas.backbones.registry import create_model
-from attnnas.core import AttnnasError
-from attnnas.visual.gradcam import gradcam
+from attnnas.networks.registry import create_model
+from attnnas.core.errors import AttnnasError
+from attnnas.explain.gradcam import gradcam
 from attnnas.visual.networks import VISUAL_MODELS, visual_model
 
 SIZES = {"image": (6, 5), "clip": (3, 6, 5)}

@@ -9,11 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from attnnas import kernels, triton_kernels
-from attnnas.attention import (ACTIVATIONS, COMPATIBILITIES, PREPARATIONS, SCALINGS, Attention, activate, attend,
-                               attention_weights, local)
-from attnnas.core import AttnnasError
-from attnnas.ops import create_operation
+from attnnas.attention import kernels, triton as triton_kernels
+from attnnas.attention.formula import (ACTIVATIONS, COMPATIBILITIES, PREPARATIONS, SCALINGS,
+                                       Attention, activate, attend, attention_weights, local)
+from attnnas.core.errors import AttnnasError
+from attnnas.cells.operations.base import create_operation
 
 from test_ops import clip, scaled
 
@@ -166,7 +166,7 @@ def test_path_errors():
 # Runs in Triton's interpreter, in a process of its own: the variable is read when Triton is imported.
 INTERPRETED = """
 import sys, torch
-from attnnas import kernels, triton_kernels
+from attnnas.attention import kernels, triton as triton_kernels
 torch.manual_seed(0)
 for batch, queries, keys, features, width, dtype, tolerance in (
         (2, 70, 37, 20, 20, torch.float32, 1e-5), (1, 1, 1, 3, 5, torch.float32, 1e-5), (1, 33, 65, 200, 7, torch.float32, 1e-5),
@@ -215,11 +215,11 @@ def test_without_cuda_or_triton_nothing_breaks():
     code = """
 import sys, torch
 sys.modules["triton"] = None  # as if it were not installed
-from attnnas.attention import attend
+from attnnas.attention.formula import attend
 x = torch.randn(1, 1500, 4, requires_grad=True)
 attend(x, x, x, "relu").sum().backward()
-assert "attnnas.triton_kernels" not in sys.modules
-from attnnas.triton_kernels import HAS_TRITON, supported
+assert "attnnas.attention.triton" not in sys.modules
+from attnnas.attention.triton import HAS_TRITON, supported
 assert not HAS_TRITON and not supported(x, x, x)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

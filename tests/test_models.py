@@ -3,13 +3,13 @@ import pytest
 import torch
 from torch import nn
 
-from attnnas.backbones.registry import create_model, list_models
-from attnnas.core import AttnnasError
-from attnnas.derivation import random_cell
-from attnnas.fused import FusedSupergraph
-from attnnas.insertion import insert, inserted, remove, site_shapes
-from attnnas.non_local import NonLocalBlock
-from attnnas.profile import count_flops
+from attnnas.networks.registry import create_model, list_models
+from attnnas.core.errors import AttnnasError
+from attnnas.cells.derivation import random_cell
+from attnnas.cells.fused import FusedSupergraph
+from attnnas.networks.insertion import insert, inserted, remove, site_shapes
+from attnnas.networks.non_local import NonLocalBlock
+from attnnas.networks.profile import count_flops
 from attnnas.visual.cbam import CBAM
 
 every_model = pytest.mark.parametrize("name", list_models())

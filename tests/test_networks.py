@@ -7,14 +7,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attnnas.backbones.inception import FULL, InceptionVideo, SameConv3d, SameMaxPool3d, same_padding
-from attnnas.backbones.registry import MODELS, create_model, describe_models, list_models
-from attnnas.cell import AttentionCell
-from attnnas.core import AttnnasError
-from attnnas.insertion import Site, insert, inserted, remove, site_shapes
-from attnnas.non_local import NonLocalBlock
-from attnnas.profile import costliest, count_flops, profile
-from attnnas.space import CellSpec, OperationSpec
+from attnnas.networks.inception import FULL, InceptionVideo, SameConv3d, SameMaxPool3d, same_padding
+from attnnas.networks.registry import MODELS, create_model, describe_models, list_models
+from attnnas.cells.cell import AttentionCell
+from attnnas.core.errors import AttnnasError
+from attnnas.networks.insertion import Site, insert, inserted, remove, site_shapes
+from attnnas.networks.non_local import NonLocalBlock
+from attnnas.networks.profile import costliest, count_flops, profile
+from attnnas.cells.spec import CellSpec, OperationSpec
 
 PAPER_CLIP = (1, 3, 250, 256, 256)
 SMALL = ("i3d_small", "s3d_small")

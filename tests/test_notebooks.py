@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb")
+                   if not {"paper", ".ipynb_checkpoints"} & set(path.parts))
 
 # A process for each notebook: what one leaves behind in sys.modules or in torch, the next must not see.
 RUN = """
@@ -26,7 +27,7 @@ def run_notebook(path: Path, scratch: Path) -> subprocess.CompletedProcess:
                           capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.relative_to(ROOT / "nbs").as_posix())
 def test_a_reader_can_run_the_notebook_from_top_to_bottom(path, tmp_path):
     "If this fails, a lesson is wrong: a cell raises, or an assertion in it does not hold."
     done = run_notebook(path, tmp_path)

@@ -6,9 +6,9 @@ import torch
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attnnas.attention import ACTIVATIONS, activate, attend, attention_weights
-from attnnas.core import AttnnasError
-from attnnas.ops import DIMENSIONS, TYPES, create_operation, fold, unfold
+from attnnas.attention.formula import ACTIVATIONS, activate, attend, attention_weights
+from attnnas.core.errors import AttnnasError
+from attnnas.cells.operations.base import DIMENSIONS, TYPES, create_operation, fold, unfold
 
 KINDS = list(product(DIMENSIONS, TYPES))
 ALL = list(product(DIMENSIONS, TYPES, ACTIVATIONS))

@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 import torch
 
-from attnnas.backbones.registry import create_model
-from attnnas.core import AttnnasError, seed_everything
+from attnnas.networks.registry import create_model
+from attnnas.core.errors import AttnnasError
+from attnnas.core.seeds import seed_everything
 from attnnas.data import pictures, synthetic
 from attnnas.data.clips import Clips, to_float
-from attnnas.experiments.config import CHANNELS, EMBEDDED, DataConfig, ModelConfig, RunConfig
-from attnnas.experiments.plans import changed
-from attnnas.experiments.run import build_model, check_run, fingerprint, open_data
-from attnnas.experiments.store import numbers_hash
+from attnnas.evidence.config import CHANNELS, EMBEDDED, DataConfig, ModelConfig, RunConfig
+from attnnas.evidence.plans import changed
+from attnnas.evidence.run import build_model, check_run, fingerprint, open_data
+from attnnas.evidence.store import numbers_hash
 from attnnas.visual.networks import VISUAL_MODELS
 
 # Pictures

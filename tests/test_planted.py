@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from attnnas.core import AttnnasError, seed_everything
+from attnnas.core.errors import AttnnasError
+from attnnas.core.seeds import seed_everything
 from attnnas.data.clips import ClipSource
-from attnnas.ops import DIMENSIONS, TYPES, create_operation
+from attnnas.cells.operations.base import DIMENSIONS, TYPES, create_operation
 from attnnas.search.differentiable import SearchConfig, differentiable
-from attnnas.search.planted import (BLANK, DARK, DECOY, FACE, LIGHT, PLANTED, TARGET, TASKS, PatchNet, chance_level,
-                                    planted_clips, planted_ranks)
+from attnnas.search.planted import (BLANK, DARK, DECOY, FACE, LIGHT, PLANTED, TARGET, TASKS,
+                                    PatchNet, chance_level, planted_clips, planted_ranks)
 from attnnas.training.loop import TrainingConfig
 
 every = pytest.mark.parametrize("task", TASKS)

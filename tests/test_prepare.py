@@ -16,14 +16,16 @@ import numpy as np
 import pytest
 import torch
 
-from attnnas.core import AttnnasError
+from attnnas.core.errors import AttnnasError
 from attnnas.data import prepare as preparing
 from attnnas.data.clips import ClipSource
 from attnnas.data.decode import Unreadable, _opencv_still, encode, iterate, probe, read_frames
 from attnnas.data.flow import flows, read_flow
-from attnnas.data.images import IMAGENETTE, IMAGENETTE_OFFICIAL, Images, image_manifest, prepare_images, read_image
+from attnnas.data.images import (IMAGENETTE, IMAGENETTE_OFFICIAL, Images, image_manifest,
+                                 prepare_images, read_image)
 from attnnas.data.manifest import Manifest, Row, file_hash, folder_manifest, summary_text
-from attnnas.data.prepare import DATASETS, Listed, examine, extract_flow, for_each, locate, prepare, transcode, unpack
+from attnnas.data.prepare import (DATASETS, Listed, examine, extract_flow, for_each, locate,
+                                  prepare, transcode, unpack)
 from attnnas.data.video import VideoLoader
 from data_prep.__main__ import main
 

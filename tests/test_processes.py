@@ -11,17 +11,17 @@ import torch
 
 pytest.importorskip("accelerate")
 
-from attnnas.backbones.registry import create_model
-from attnnas.core import AttnnasError
-from attnnas.experiments.config import load_tier
-from attnnas.experiments.executor import execute
-from attnnas.experiments.plans import changed
-from attnnas.experiments.run import key_of
-from attnnas.experiments.store import Store
-from attnnas.experiments.tables import Row, provenance
-from attnnas.insertion import insert
-from attnnas.non_local import NonLocalBlock
-from attnnas.profile import count_flops
+from attnnas.networks.registry import create_model
+from attnnas.core.errors import AttnnasError
+from attnnas.evidence.config import load_tier
+from attnnas.evidence.executor import execute
+from attnnas.evidence.plans import changed
+from attnnas.evidence.run import key_of
+from attnnas.evidence.store import Store
+from attnnas.evidence.tables import Row, provenance
+from attnnas.networks.insertion import insert
+from attnnas.networks.non_local import NonLocalBlock
+from attnnas.networks.profile import count_flops
 from attnnas.training.evaluation import in_turns
 from attnnas.training.loop import Trainer, TrainingConfig
 from attnnas.training.processes import OneProcess, launch_command
@@ -29,12 +29,12 @@ from attnnas.training.processes import OneProcess, launch_command
 STEP = """
 import dataclasses, sys
 import torch
-from attnnas.core import seed_everything
+from attnnas.core.seeds import seed_everything
 from attnnas.data.clips import Clips
-from attnnas.derivation import random_cell
-from attnnas.backbones.registry import create_model
-from attnnas.insertion import insert
-from attnnas.non_local import NonLocalBlock
+from attnnas.cells.derivation import random_cell
+from attnnas.networks.registry import create_model
+from attnnas.networks.insertion import insert
+from attnnas.networks.non_local import NonLocalBlock
 from attnnas.search.differentiable import SearchConfig, insert_supergraphs, search_trainer
 from attnnas.training.evaluation import predict
 from attnnas.training.loop import Trainer, TrainingConfig
@@ -128,9 +128,9 @@ def test_a_wrong_run_says_why(config, tmp_path):
 
 BATCH = """
 import json, sys
-from attnnas.experiments.config import RunConfig
-from attnnas.experiments.executor import execute
-from attnnas.experiments.store import Store
+from attnnas.evidence.config import RunConfig
+from attnnas.evidence.executor import execute
+from attnnas.evidence.store import Store
 if __name__ == "__main__":
     execute([RunConfig.from_dict(json.loads(sys.argv[1]))], Store(sys.argv[2]), 1, "cpu", False, processes=2)
 """

@@ -9,19 +9,20 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnnas import kernels, profile as module
-from attnnas.attention import ACTIVATIONS, attend
-from attnnas.backbones.registry import create_model
-from attnnas.cell import AttentionCell
-from attnnas.core import AttnnasError
-from attnnas.fused import FusedSupergraph
-from attnnas.insertion import insert
-from attnnas.non_local import NonLocalBlock
-from attnnas.ops import DIMENSIONS, create_operation
-from attnnas.profile import (activation_bytes, costliest, count_flops, profile, profile_modules, profile_sites,
-                             profile_table)
-from attnnas.space import CellSpec, OperationSpec
-from attnnas.supergraph import Supergraph
+from attnnas.attention import kernels
+from attnnas.networks import profile as module
+from attnnas.attention.formula import ACTIVATIONS, attend
+from attnnas.networks.registry import create_model
+from attnnas.cells.cell import AttentionCell
+from attnnas.core.errors import AttnnasError
+from attnnas.cells.fused import FusedSupergraph
+from attnnas.networks.insertion import insert
+from attnnas.networks.non_local import NonLocalBlock
+from attnnas.cells.operations.base import DIMENSIONS, create_operation
+from attnnas.networks.profile import (activation_bytes, costliest, count_flops, profile,
+                                      profile_modules, profile_sites, profile_table)
+from attnnas.cells.spec import CellSpec, OperationSpec
+from attnnas.cells.supergraph import Supergraph
 
 WIDTH = 4
 SHAPES = {"small": (2, WIDTH, 3, 4, 5), "deep": (1, WIDTH, 9, 2, 2), "large": (1, WIDTH, 6, 33, 33)}

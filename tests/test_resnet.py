@@ -7,13 +7,13 @@ from torch import nn
 
 pytest.importorskip("pytorchvideo")
 
-from attnnas.attention import attend
-from attnnas.backbones.resnet import i3d_r50, r2plus1d_r50, slowfast_r50
-from attnnas.core import AttnnasError
-from attnnas.insertion import insert, inserted, remove, site_shapes
-from attnnas.non_local import NonLocalBlock
-from attnnas.profile import costliest, count_flops
-from attnnas.space import CellSpec, OperationSpec
+from attnnas.attention.formula import attend
+from attnnas.networks.resnet import i3d_r50, r2plus1d_r50, slowfast_r50
+from attnnas.core.errors import AttnnasError
+from attnnas.networks.insertion import insert, inserted, remove, site_shapes
+from attnnas.networks.non_local import NonLocalBlock
+from attnnas.networks.profile import costliest, count_flops
+from attnnas.cells.spec import CellSpec, OperationSpec
 
 BUILDERS = (i3d_r50, slowfast_r50, r2plus1d_r50)
 SPEC = CellSpec((OperationSpec("temporal", "dot-product", "softmax"),

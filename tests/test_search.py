@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attnnas.backbones.registry import create_model
-from attnnas.core import AttnnasError, seed_everything
+from attnnas.networks.registry import create_model
+from attnnas.core.errors import AttnnasError
+from attnnas.core.seeds import seed_everything
 from attnnas.data.synthetic import benchmark, make_clips
-from attnnas.insertion import insert
-from attnnas.profile import count_flops
+from attnnas.networks.insertion import insert
+from attnnas.networks.profile import count_flops
 from attnnas.search.base import CellTraining, Past, SearchResult, Trial, describe, try_cell
 from attnnas.search.bandit import bandit
 from attnnas.search.bandit import propose as propose_bandit
@@ -31,7 +32,7 @@ from attnnas.search.evolution import propose as propose_evolution
 from attnnas.search.random import random
 from attnnas.search.study import Claims, Study, search
 from attnnas.search.tabular import TabularBenchmark, different_cells, run_of
-from attnnas.space import SearchSpace
+from attnnas.cells.space import SearchSpace
 from attnnas.training.evaluation import Diverged, evaluate
 from attnnas.training.loop import Trainer, TrainingConfig
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from attnnas.backbones.base import Backbone
-from attnnas.core import generator, seed_everything
+from attnnas.networks.base import Backbone
+from attnnas.core.seeds import generator, seed_everything
 from attnnas.data.clips import Clips
 from attnnas.search.differentiable import SearchConfig, differentiable, insert_supergraphs
 from attnnas.training.checkpoint import load_checkpoint, save_checkpoint

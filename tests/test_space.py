@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attnnas.core import AttnnasError, write_json
-from attnnas.derivation import random_cell
-from attnnas.ops import ACTIVATIONS
-from attnnas.space import ALL_OPERATIONS, CellSpec, OperationSpec, SearchSpace
+from attnnas.core.errors import AttnnasError
+from attnnas.core.files import write_json
+from attnnas.cells.derivation import random_cell
+from attnnas.cells.operations.base import ACTIVATIONS
+from attnnas.cells.space import SearchSpace
+from attnnas.cells.spec import ALL_OPERATIONS, CellSpec, OperationSpec
 
 A, B = OperationSpec("spatial", "map-based", "relu"), OperationSpec("temporal", "dot-product", "none")
 
@@ -128,7 +130,7 @@ def test_hash_is_the_same_in_another_process():
     "1,000 cells, in a process that orders its sets and dictionaries of strings differently."
     draw = random.Random(3)
     specs = [random_spec(draw, draw.randint(1, 8), ALL_OPERATIONS) for n in range(1000)]
-    code = ("import json, sys; from attnnas.space import CellSpec\n"
+    code = ("import json, sys; from attnnas.cells.spec import CellSpec\n"
             "for line in sys.stdin: print(CellSpec.from_dict(json.loads(line)).hash)\n"
             "print(hash('attnnas'))")
     environment = dict(os.environ, PYTHONHASHSEED="12345", PYTHONPATH=str(Path(__file__).resolve().parent.parent))

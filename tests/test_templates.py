@@ -12,13 +12,14 @@ import nbformat
 import pandas as pd
 import pytest
 
-from attnnas.core import AttnnasError
-from attnnas.experiments import batch
-from attnnas.experiments.batch import check_parameters, notebook_key, reproduce, template_path, unchanged
-from attnnas.experiments.config import load_tier
-from attnnas.experiments.plans import PLANS, figure_cells
-from attnnas.experiments.run import key_of
-from attnnas.experiments.store import Store
+from attnnas.core.errors import AttnnasError
+from attnnas.evidence import batch
+from attnnas.evidence.batch import (check_parameters, notebook_key, reproduce, template_path,
+                                    unchanged)
+from attnnas.evidence.config import load_tier
+from attnnas.evidence.plans import PLANS, figure_cells
+from attnnas.evidence.run import key_of
+from attnnas.evidence.store import Store
 
 TEMPLATES = sorted(path.stem for path in (Path(__file__).parent.parent / "nbs/paper").glob("*.ipynb"))
 
@@ -69,7 +70,7 @@ def test_a_fresh_start_makes_the_runs_again(smoke):
 
 BATCH = """
 import sys
-from attnnas.experiments.batch import reproduce
+from attnnas.evidence.batch import reproduce
 if __name__ == "__main__": reproduce("smoke", sys.argv[1], sys.argv[2:], device="cpu", workers=2, show=False)
 """
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from attnnas.core import AttnnasError, generator, seed_everything
+from attnnas.core.errors import AttnnasError
+from attnnas.core.seeds import generator, seed_everything
 from attnnas.data.clips import Clips
 from attnnas.training.checkpoint import load_checkpoint, save_checkpoint
 from attnnas.training.evaluation import evaluate, score
@@ -21,8 +22,9 @@ from attnnas.training.loop import Interrupted, Trainer, TrainingConfig, epoch_or
 SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
-from attnnas.backbones.registry import create_model
-from attnnas.core import content_hash, seed_everything
+from attnnas.networks.registry import create_model
+from attnnas.core.hashes import content_hash
+from attnnas.core.seeds import seed_everything
 from attnnas.data.synthetic import benchmark, make_clips
 from attnnas.search.differentiable import SearchConfig, insert_supergraphs, search_trainer
 from attnnas.training.loop import TrainingConfig

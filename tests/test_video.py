@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from attnnas.core import AttnnasError
+from attnnas.core.errors import AttnnasError
 from attnnas.data import decode
 from attnnas.data.clips import ClipSource
-from attnnas.data.decode import Unreadable, WorkerDied, encode, in_workers, iterate, limited, probe, read_frames
+from attnnas.data.decode import (Unreadable, WorkerDied, encode, in_workers, iterate, limited,
+                                 probe, read_frames)
 from attnnas.data.manifest import Ledger, Manifest, Row, file_hash, folder_manifest
 from attnnas.data.video import TEST, ClipConfig, VideoClips, VideoLoader, clip_frames
 

@@ -5,7 +5,7 @@ from torch import nn
 
 pytest.importorskip("av"), pytest.importorskip("cv2"), pytest.importorskip("torchvision")
 
-from attnnas.core import AttnnasError
+from attnnas.core.errors import AttnnasError
 from attnnas.data.clips import to_float
 from attnnas.data.flow import optical_flow, to_bytes, write_flow
 from attnnas.data.synthetic import benchmark, make_clips

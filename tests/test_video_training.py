@@ -1,10 +1,10 @@
 """Training from encoded video, end to end: the benchmark writes itself as .mp4 files, and the command line reads them."""
 import pytest
 
-from attnnas import cli
+from attnnas.cli import main as cli
 from attnnas.data.synthetic import benchmark
 from attnnas.data.video import write_video_folder
-from attnnas.experiments.store import Store
+from attnnas.evidence.store import Store
 
 
 @pytest.fixture(scope="module")

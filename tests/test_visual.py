@@ -9,16 +9,16 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from attnnas.backbones.registry import create_model
-from attnnas.core import AttnnasError
-from attnnas.insertion import insert, inserted
-from attnnas.ops import OPERATIONS
+from attnnas.networks.registry import create_model
+from attnnas.core.errors import AttnnasError
+from attnnas.networks.insertion import insert, inserted
+from attnnas.cells.operations.base import OPERATIONS
 from attnnas.visual.cbam import CBAM, ChannelAttention, SpatialAttention
 from attnnas.visual.gates import GATE_SCALINGS, AttentionGate, shifted
 from attnnas.visual.l2pa import L2PA, L2PA_COMPATIBILITIES
-from attnnas.visual.localisation import chance, mass_inside, pointing_game
+from attnnas.explain.localisation import chance, mass_inside, pointing_game
 from attnnas.visual.networks import STAGES, VISUAL_MODELS, InterleavedConv2d, visual_model
-from attnnas.visual.overlay import attention_table, combine, overlay, scaled, to_heat
+from attnnas.explain.overlay import attention_table, combine, overlay, scaled, to_heat
 from attnnas.visual.residual import Hourglass, ResidualAttention, ResidualUnit
 from attnnas.visual.taxonomy import LABELS, Label, label
 

@@ -13,15 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnnas.backbones.inception import FULL, same_padding
-from attnnas.backbones.registry import create_model
-from attnnas.backbones.weights import (imagenet_weights, inflate, inflate_kernel, load_weights, read_weights,
-                                       save_weights, torchvision_s3d)
-from attnnas.core import AttnnasError, generator
-from attnnas.fused import FusedSupergraph
-from attnnas.insertion import insert
-from attnnas.space import CellSpec, OperationSpec
-from attnnas.supergraph import ConnectionWeights
+from attnnas.networks.inception import FULL, same_padding
+from attnnas.networks.registry import create_model
+from attnnas.networks.weights import (imagenet_weights, inflate, inflate_kernel, load_weights,
+                                      read_weights, save_weights, torchvision_s3d)
+from attnnas.core.errors import AttnnasError
+from attnnas.core.seeds import generator
+from attnnas.cells.fused import FusedSupergraph
+from attnnas.networks.insertion import insert
+from attnnas.cells.spec import CellSpec, OperationSpec
+from attnnas.cells.supergraph import ConnectionWeights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -379,7 +380,7 @@ def test_a_residual_network_by_pytorchvideo_s_names(size, residual):
 
 
 def test_the_package_s_own_residual_network(residual):
-    pytest.importorskip("attnnas.backbones.resnet")
+    pytest.importorskip("attnnas.networks.resnet")
     model = create_model("i3d_r50", 50).double()
     report = inflate(model, residual, "centre")
     assert report.fraction == 1 and not report.unexpected
@@ -451,7 +452,7 @@ def test_imagenet_weights_come_from_a_file_or_the_cache_or_an_error(tmp_path, mo
 
 def test_importing_imports_nothing_heavy():
     heavy = ("timm", "pytorchvideo", "torchvision", "cv2", "av", "optuna", "matplotlib", "pandas", "scipy")
-    code = ("import sys, attnnas, attnnas.backbones.weights, attnnas.profile;"
+    code = ("import sys, attnnas, attnnas.networks.weights, attnnas.networks.profile;"
             f"print([name for name in {heavy} if name in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -7,15 +7,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attnnas.backbones.assemblenet import ASSEMBLENET_50, LEVELS_50, Join, Node, assemblenet_50, check_connectivity
-from attnnas.backbones.base import Backbone
-from attnnas.backbones.inception import FULL, InceptionVideo
-from attnnas.backbones.zoo import C3D_PLAN, GridBlock, SelfGate, c3d, d3d, mvit_b
-from attnnas.core import AttnnasError
-from attnnas.insertion import insert, inserted, remove, site_shapes
-from attnnas.non_local import NonLocalBlock
-from attnnas.profile import count_flops
-from attnnas.space import CellSpec, OperationSpec
+from attnnas.networks.assemblenet import (ASSEMBLENET_50, LEVELS_50, Join, Node, assemblenet_50,
+                                          check_connectivity)
+from attnnas.networks.base import Backbone
+from attnnas.networks.inception import FULL, InceptionVideo
+from attnnas.networks.zoo import C3D_PLAN, GridBlock, SelfGate, c3d, d3d, mvit_b
+from attnnas.core.errors import AttnnasError
+from attnnas.networks.insertion import insert, inserted, remove, site_shapes
+from attnnas.networks.non_local import NonLocalBlock
+from attnnas.networks.profile import count_flops
+from attnnas.cells.spec import CellSpec, OperationSpec
 
 SPEC = CellSpec((OperationSpec("temporal", "dot-product", "softmax"),
                  OperationSpec("spatiotemporal", "map-based", "sigmoid")), inputs=((0,), (0, 1)), width=8)
@@ -217,7 +218,7 @@ def test_mvit_costs_what_its_table_says_and_nearly_what_is_published():
 
 def test_mvit_is_pytorchvideo_s():
     from pytorchvideo.models.vision_transformers import create_multiscale_vision_transformers
-    from attnnas.backbones.zoo import MVIT_B
+    from attnnas.networks.zoo import MVIT_B
     torch.manual_seed(0)
     plain = create_multiscale_vision_transformers(spatial_size=32, temporal_size=4, head_num_classes=5, **MVIT_B).eval()
     model = made("mvit_b").eval()
