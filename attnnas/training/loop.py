@@ -37,7 +37,7 @@ class TrainingConfig:
     optimizer: str = option("adamw", "the update rule", choices=("adamw", "sgd"))
     learning_rate: float = option(5e-3, "peak learning rate", minimum=0)
     weight_decay: float = option(0.02, "weight decay (decoupled for adamw)", minimum=0)
-    momentum: float = option(0.9, "momentum, for sgd", minimum=0)
+    momentum: float = option(0.9, "momentum, for sgd", minimum=0, when={"optimizer": ("sgd",)})
     warmup: float = option(0.1, "share of all steps in which the learning rate rises linearly", minimum=0)
     clip_norm: float = option(2.0, "largest norm of the gradient", minimum=0)
     micro_batch: int = option(0, "clips that go through the network at once, on all devices together; 0: a whole batch", minimum=0)
