@@ -4,7 +4,6 @@ The space, the clips and the recipe are in benchmarks/tabular.toml. Finished run
 command continues. About 80 CPU-minutes for three seeds.
 """
 import argparse
-import dataclasses
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,9 +28,7 @@ def plan(seeds: int | None = None) -> tuple:
     runs = {}
     for seed in s["seeds"][:seeds]:
         for cell in sorted(different_cells(space).values(), key=lambda cell: cell.hash):
-            base = tier.run(s["data"], s["backbone"], "none", seed)
-            model = dataclasses.replace(base.model, attention="cell", cell=cell.to_dict())
-            runs[cell, seed] = dataclasses.replace(base, model=model)
+            runs[cell, seed] = tier.run(s["data"], s["backbone"], "cell", seed, cell=cell)
     return space, runs
 
 
@@ -40,7 +37,7 @@ def collect(space: SearchSpace, runs: dict, records) -> TabularBenchmark:
     lines = [run_of(space, cell, seed, validation_top1(r), r.test and r.test["top1"], r.seconds["cpu"], round(r.gflops * 1e9 / 2))
              for (cell, seed), r in zip(runs, records, strict=True)]
     first = records[0]
-    recipe = {name: first.config[name] for name in ("data", "training")} | {"backbone": first.run.model.backbone}
+    recipe = {name: first.config[name] for name in ("data", "training")} | {"backbone": first.run.network.backbone}
     provenance = {"command": "python benchmarks/tabular.py", "configuration": recipe, "data": first.data["fingerprint"],
                   "source": sorted({r.source for r in records}), "device": sorted({r.device for r in records}), "versions": first.versions}
     return TabularBenchmark(space, tuple(lines), provenance)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from attnnas.cli import main as cli
+from attnnas.cli.doctor import gpu_hours
 from attnnas.cells.spec import CellSpec
 
 TINY = ["--frames", "4", "--size", "16", "--train-clips", "16", "--validation-clips", "8", "--test-clips", "12", "--epochs", "1",
@@ -34,7 +35,7 @@ def test_search_writes_a_genotype_that_train_inserts(made, capsys):
     code, out, _ = attnnas(capsys, "train", "--cell", made / "cell.json", "--results", made, *TINY)
     assert code == 0 and "Reused run" in out and "Test accuracy" in out
     code, out, _ = attnnas(capsys, "list", "runs", "--results", made)
-    assert len(out.splitlines()) == 2 and "supergraph" in out and " cell " in out
+    assert len(out.splitlines()) == 2 and " search " in out and " cell " in out
     key = next(line.split()[0] for line in out.splitlines() if " cell " in line)
     code, out, _ = attnnas(capsys, "show", key[:8], "--results", made, "--picture", made / "cell.png")
     assert code == 0 and cell.hash in out and "top-1" in out and (made / "cell.png").stat().st_size > 5000
@@ -81,7 +82,7 @@ rows = ["backbone"]
 seeds = [0]
 """)
     steps = [{"backbone": "i3d", "inserted": "none", "seconds_a_clip": "0.01"}]
-    hours, count, unknown = cli.gpu_hours(str(tmp_path / "one.toml"), steps)
+    hours, count, unknown = gpu_hours(str(tmp_path / "one.toml"), steps)
     assert (count, unknown) == (2, 1)
     assert hours == pytest.approx(.01 * (39_262_200 + 30_000 * 250 * 256 * 256 / (64 * 224 * 224) / 3) / 3600)
 
@@ -90,16 +91,16 @@ def test_help_shows_every_field_with_its_documentation(capsys):
     with pytest.raises(SystemExit) as stop: cli.main(["train", "--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    for text in ("--train-clips", "training clips of the embedded benchmark", "--connection-learning-rate", "--weight-decay", "--alpha"): assert text in out
+    for text in ("--train-clips", "training clips of a generated set", "--connection-learning-rate", "--weight-decay", "--alpha"): assert text in out
 
 
 BAD = [(["train", "--data", "nowhere"], "nowhere"), (["train", "--data", "EMPTY"], "EMPTY"),
-       (["train", "--backbone", "i3d_smal"], "Did you mean 'i3d_small'"), (["train", "--attention", "non-local", "--sites", "Mixed_4x"], "Mixed_4"),
+       (["train", "--backbone", "i3d_smal"], "Did you mean 'i3d_small'"), (["train", "--insertion", "non-local", "--sites", "Mixed_4x"], "Mixed_4"),
        (["train", "--tier", "quik"], "Did you mean 'quick'"), (["train", "--cell", "FIELD"], "activaton"), (["train", "--cell", "VERSION"], "version"),
        (["train", "--cell", "TEXT"], "not JSON"), (["train", "--cell", "none.json"], "none.json"), (["train", "--epochs", "0"], "epochs = 0"),
        (["train", "--device", "cuda:99"], "cuda:99"), (["train", "--device", "tpu"], "tpu"), (["search", "--levels", "0"], "levels = 0"),
        (["reproduce", "--tier", "ful1"], "ful1"), (["reproduce", "--template", "table_9"], "table_9"), (["show", "0000"], "0 runs"),
-       (["train", "--attention", "cell"], "a cell is given exactly where"), (["profile", "i3d_smal"], "Did you mean 'i3d_small'"),
+       (["train", "--insertion", "cell"], "The inserted cell is None"), (["profile", "i3d_smal"], "Did you mean 'i3d_small'"),
        (["profile", "i3d_small", "--shape", "4", "8", "24", "24"], "takes clips (B, 3"), (["profile", "i3d_small", "--sites", "Mixed_4x", "--insert", "cbam"], "Mixed_4b")]
 
 
@@ -129,10 +130,11 @@ import errno, os, sys
 import attnnas.core
 from attnnas.evidence.run import run
 from attnnas.evidence.store import Store
-from attnnas.evidence.config import RunConfig, DataConfig
+from attnnas.evidence.config import RunConfig
+from attnnas.evidence.sources import Generated
 from attnnas.training.loop import TrainingConfig
 def full(handle): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-config = RunConfig(data=DataConfig(frames=4, size=16, train_clips=16, validation_clips=8, test_clips=12), training=TrainingConfig(epochs=1, batch_size=8))
+config = RunConfig(data=Generated(frames=4, size=16, train_clips=16, validation_clips=8, test_clips=12), training=TrainingConfig(epochs=1, batch_size=8))
 os.fsync = full
 run(config, Store(sys.argv[1]), "cpu")
 """

@@ -1,33 +1,28 @@
 """Evidence: a record is a function of its configuration, tables are functions of records, nothing finished is lost."""
 import dataclasses
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from attnnas.core.errors import AttnnasError
-from attnnas.evidence import store as store_module
-from attnnas.evidence.config import DataConfig, ModelConfig, RunConfig, load_tier, tiers
-from attnnas.evidence.executor import execute, with_sources
+from attnnas.evidence.config import RunConfig, load_tier, tiers
+from attnnas.evidence.executor import execute
+from attnnas.evidence.insertions import Insertion
 from attnnas.evidence.plans import planned, rows_of, table_1_nonlocal
-from attnnas.evidence.run import key_of, load_model, open_data, run
-from attnnas.evidence.store import RunRecord, Store
+from attnnas.evidence.run import run
+from attnnas.evidence.sources import Generated
+from attnnas.evidence.store import Store
 from attnnas.evidence.tables import (Row, check_comparable, collect, comparison, published,
                                      published_cells)
-from attnnas.training.evaluation import evaluate
 from attnnas.training.loop import TrainingConfig
 
 ROOT = Path(__file__).parent.parent
-DATA = DataConfig(frames=4, size=16, train_clips=16, validation_clips=8, test_clips=12)
+DATA = Generated(frames=4, size=16, train_clips=16, validation_clips=8, test_clips=12)
 TRAINING = TrainingConfig(epochs=1, batch_size=8)
 
 
-def config(attention="none", **changes) -> RunConfig:
-    return RunConfig(data=DATA, model=ModelConfig(attention=attention), training=TRAINING, **changes)
+def config(insertion=Insertion(), **changes) -> RunConfig:
+    return RunConfig(data=DATA, insertion=insertion, training=TRAINING, **changes)
 
 
 def test_a_diverged_run_is_recorded_and_shown_as_such(tmp_path):
@@ -44,7 +39,7 @@ def test_tables_of_unequal_rows_are_refused(tmp_path):
     longer = run(dataclasses.replace(config(), training=TrainingConfig(epochs=2, batch_size=8)), store, "cpu")
     plain = Row("A", "i3d_small", "backbone", (records[0],))
     for other, message in ((longer, "training recipe"), (records[1], "seeds"),
-                           (dataclasses.replace(records[0], source="0"), "package source")):
+                           (dataclasses.replace(records[0], numbers=0), "numbers")):
         with pytest.raises(AttnnasError, match=message): check_comparable([plain, Row("A", "i3d_small", "non-local", (other,))])
     check_comparable([plain, plain])
 
@@ -112,11 +107,11 @@ def test_a_cell_from_elsewhere_is_searched_there_and_on_colours():
     "Table 2's searches see colours; table 3's the other backbone; table 4's the other data set: and all else is the row's."
     tier = load_tier("full")
     flow = rows_of(tier, "table_2_modalities")["B", "s3d_small", "derived cell"][1]
-    assert flow.data.modality == "flow" and flow.source == tier.run("B", "s3d_small", "supergraph", 1)
+    assert flow.data.modality == "flow" and flow.insertion.search == tier.run("B", "s3d_small", "search", 1)
     moved = rows_of(tier, "table_3_backbones")["A", "i3d_r50", "cell from s3d_small"][4]
-    assert moved.source == tier.run("A", "s3d_small", "supergraph", 1) and moved.model.options == {"width": 8, "dropout": 0.0}
+    assert moved.insertion.search == tier.run("A", "s3d_small", "search", 1) and moved.network.options == {"width": 8, "dropout": 0.0}
     other = rows_of(tier, "table_4_datasets")["B", "i3d_small", "cell from A"][0]
-    assert other.source == tier.run("A", "i3d_small", "supergraph", 0) and other.data.data == "B"
+    assert other.insertion.search == tier.run("A", "i3d_small", "search", 0) and other.data.name == "B"
     shared = [len({run.hash for run in planned(tier, names)}) for names in (["table_1_nonlocal"], ["table_1_nonlocal", "table_4_datasets"])]
     assert shared == [100, 120], "only the moved cells are new in table 4"
 

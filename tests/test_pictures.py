@@ -10,10 +10,9 @@ from attnnas.core.errors import AttnnasError
 from attnnas.core.seeds import seed_everything
 from attnnas.data import pictures, synthetic
 from attnnas.data.clips import Clips, to_float
-from attnnas.evidence.config import CHANNELS, EMBEDDED, DataConfig, ModelConfig, RunConfig
-from attnnas.evidence.plans import changed
-from attnnas.evidence.run import build_model, check_run, fingerprint, open_data
-from attnnas.evidence.store import numbers_hash
+from attnnas.evidence.config import NetworkConfig, RunConfig
+from attnnas.evidence.insertions import NonLocal
+from attnnas.evidence.sources import CHANNELS, GENERATORS, Generated, Videos, source_of
 from attnnas.visual.networks import VISUAL_MODELS
 
 # Pictures
@@ -64,41 +63,35 @@ def test_bad_settings_are_named(wrong, message):
 
 # Data by name
 
-def test_every_embedded_set_is_made_by_its_module():
-    made = {"data.synthetic": list(synthetic.BENCHMARKS), "data.pictures": ["pictures"]}
-    assert {name: module for module, names in made.items() for name in names} == EMBEDDED
+def test_every_generated_set_is_made_by_its_module():
+    assert GENERATORS == dict.fromkeys(synthetic.BENCHMARKS, synthetic) | {"pictures": pictures}
 
 
-TINY = DataConfig(frames=8, size=24, train_clips=6, validation_clips=4, test_clips=4)
+TINY = Generated(frames=8, size=24, train_clips=6, validation_clips=4, test_clips=4)
 
 
 def test_modalities_show_the_same_clips():
     pytest.importorskip("cv2")
-    seen = {name: open_data(dataclasses.replace(TINY, modality=name)) for name in CHANNELS}
+    seen = {name: dataclasses.replace(TINY, modality=name).open() for name in CHANNELS}
     for split, clips in seen["rgb"].items():
         flow, both = seen["flow"][split], seen["rgb+flow"][split]
         assert clips.labels.equal(flow.labels) and clips.labels.equal(both.labels)
         assert both.video[:, :3].equal(clips.video) and both.video[:, 3:].equal(flow.video)
         assert flow.video.shape == (len(clips), 2, 8, 24, 24) and (flow.video[:, :, -1] != 128).any()
-    marks = {fingerprint(dataclasses.replace(TINY, modality=name)) for name in CHANNELS}
+    marks = {dataclasses.replace(TINY, modality=name).fingerprint for name in CHANNELS}
     assert len(marks) == 3 == len({clips["test"].fingerprint for clips in seen.values()})
 
 
-def test_the_source_of_other_data_does_not_count():
-    hashes = {numbers_hash("i3d_small", data, modality) for data, modality in (("A", "rgb"), ("A", "flow"), ("pictures", "rgb"), ("x", "rgb"))}
-    assert len(hashes) == 4 and numbers_hash("i3d_small", "A") == numbers_hash("i3d_small", "B")
-
-
 @pytest.mark.parametrize("data, model, message", [
-    ({"modality": "flow", "data": "somewhere"}, {}, "the folder 'somewhere'"),
+    ({"modality": "flow", "name": "somewhere"}, {}, "the folder 'somewhere'"),
     ({"modality": "rgb+flow"}, {}, "takes clips of 3 channels; modality 'rgb\\+flow' has 5"),
     ({}, {"backbone": "mobilenetv2_two_stream"}, "takes clips of 5 channels; modality 'rgb' has 3"),
     ({}, {"backbone": "mobilenetv2_frames", "options": {"mechanism": "cbma"}}, "Did you mean"),
     ({}, {"backbone": "mobilenetv2_frames", "options": {"colour": 1}}, "colour"),
-    ({"data": "pictures"}, {}, "a picture has 1")])
+    ({"name": "pictures"}, {}, "a picture has 1")])
 def test_what_does_not_fit_is_found_before_training(data, model, message):
     pytest.importorskip("timm")
-    with pytest.raises(AttnnasError, match=message): check_run(changed(RunConfig(data=TINY), data=data, model=model))
+    with pytest.raises(AttnnasError, match=message): RunConfig(source_of(TINY.to_dict() | data), NetworkConfig(**model)).check()
 
 
 def test_a_folder_of_images_is_pictures(tmp_path):
@@ -111,18 +104,18 @@ def test_a_folder_of_images_is_pictures(tmp_path):
             place = tmp_path / split / f"n{label:08d}"
             place.mkdir(parents=True, exist_ok=True)
             image.fromarray(video[:, 0].permute(1, 2, 0).numpy()).save(place / f"{i}.{'png' if i % 2 else 'PNG'}")
-    seen = open_data(DataConfig(data=str(tmp_path), frames=1, size=32))
+    seen = Videos(str(tmp_path), frames=1, size=32).open()
     for split, clips in seen.items():
         assert len(clips) == 12 and ("val" in clips.files[0].parts) == (split != "train")
         for i, file in enumerate(clips.files): assert clips.batch(torch.tensor([i]))[0].equal(made.video[int(file.stem)])
-    with pytest.raises(AttnnasError, match="holds no video"): open_data(DataConfig(data=str(tmp_path), frames=2, size=32))
+    with pytest.raises(AttnnasError, match="holds no video"): Videos(str(tmp_path), frames=2, size=32).open()
 
 
 def test_flow_networks_have_two_channels():
     pytest.importorskip("cv2")
-    config = RunConfig(data=dataclasses.replace(TINY, modality="flow"), model=ModelConfig(attention="non-local"))
-    check_run(config)
-    assert build_model(config, 12, {}).in_channels == 2
+    config = RunConfig(data=dataclasses.replace(TINY, modality="flow"), insertion=NonLocal())
+    config.check()
+    assert config.build(12).model.in_channels == 2
 
 
 def test_clips_have_three_two_or_five_channels():

@@ -111,7 +111,7 @@ def test_what_has_not_changed_is_left_alone_and_what_has_is_made_again(smoke, tm
     record.write_text(record.read_text().replace('"finished": "2', '"finished": "3'))
     assert key() != before, "another record"
     before = key()
-    monkeypatch.setattr(batch, "source_hash", lambda *modules: "another source")
+    monkeypatch.setattr(batch, "package_source", lambda: "another source")
     assert key() != before
 
 

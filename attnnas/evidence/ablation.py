@@ -11,7 +11,7 @@ import torch
 
 from ..core.errors import AttnnasError
 from ..cells.derivation import Derivation, carry_over
-from .run import load_model, open_data
+from .run import load_model
 from .store import RunRecord, Store
 from ..networks.insertion import inserted
 from ..cells.spec import CellSpec
@@ -58,7 +58,7 @@ def supergraph_score(search: RunRecord, derivation: Derivation, store: Store, ba
     Batch norms are estimated afresh on `batches` batches of training clips. Raises: AttnnasError where the search's
     weights are not there.
     """
-    model, data = load_model(search, store), open_data(search.run.data)
+    model, data = load_model(search, store), search.run.data.open()
     for site, supergraph in inserted(model).items(): model.get_submodule(site).added = carry_over(supergraph, derivation)
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):

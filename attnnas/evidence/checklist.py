@@ -41,13 +41,13 @@ def facts(searches: list[RunRecord], finals: list[RunRecord], random: list[RunRe
     everything = [*searches, *finals, *random]
     names = lambda values: ", ".join(dict.fromkeys(map(str, values)))
     trained = [*finals, *random]
-    recipes = {name: len({str((r.config["training"], r.data["fingerprint"])) for r in trained if r.run.data.data == name})
-               for name in {r.run.data.data for r in trained}}
+    recipes = {name: len({str((r.config["training"], r.data["fingerprint"])) for r in trained if r.run.data.name == name})
+               for name in {r.run.data.name for r in trained}}
     cost = lambda records: f"{np.sum([r.seconds['cpu'] for r in records]) / 3600:.2f}"
     same = {(r.device, r.versions.get("torch"), r.threads) for r in everything}
-    return {"sources": sorted({r.source for r in everything}), "levels": names(r.run.search.levels for r in searches),
-            "widths": names(r.run.search.width for r in searches), "searches": len(searches), "random": len(random),
-            "training": names(_settings(r.config["training"]) for r in trained), "search": names(_settings(r.config["search"]) for r in searches),
+    return {"sources": sorted({r.source for r in everything}), "levels": names(r.run.insertion.search.levels for r in searches),
+            "widths": names(r.run.insertion.search.width for r in searches), "searches": len(searches), "random": len(random),
+            "training": names(_settings(r.config["training"]) for r in trained), "search": names(_settings(r.config["insertion"]["search"]) for r in searches),
             "search_seeds": names(r.run.seed for r in searches), "final_seeds": names(r.run.seed for r in finals),
             "data": names(recipes), "recipes": max(recipes.values(), default=0), "variants": ", ".join(variants),
             "surroundings": "; ".join(f"{d}, torch {t}, {n} thread{'s' * (n != 1)}" for d, t, n in sorted(same, key=str)),

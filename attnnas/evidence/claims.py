@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.errors import AttnnasError
 from ..core.files import write_atomic
 from .config import Tier
+from .executor import NoRecord
 from .plans import rows_of
 from .store import Store
 from .tables import (FROM, bases, collect, counted, differences, interval, number,
@@ -59,7 +59,7 @@ def claim_line(claim: str, rows, reference, better: str, worse: str) -> dict:
 def cost_line(rows, searches) -> dict:
     "What the searches cost, in trainings of their backbone by CPU time."
     plain = {place: np.mean([r.seconds["cpu"] for r in row.records]) for place, row in bases(rows).items()}
-    ratios = [r.seconds["cpu"] / plain[r.run.data.data, r.run.model.backbone] for r in searches]
+    ratios = [r.seconds["cpu"] / plain[r.run.data.name, r.run.network.backbone] for r in searches]
     low, high = interval(ratios) if ratios else (None, None)
     spread = f" ({number(low)} to {number(high)})" if low is not None else ""
     return {"claim": "a search costs as much as one training", "published": "1 training",
@@ -77,9 +77,7 @@ def write_claims(tier: Tier, results, reference) -> list:
     tables, store = {}, Store(results)
     for name in sorted(PROVING):
         try: tables[name] = collect(rows_of(tier, name), store, rebuild=True)
-        except AttnnasError as error:
-            if "no records" not in str(error): raise
-            tables[name] = [], [], []
+        except NoRecord: tables[name] = [], [], []
     lines = [claim_line(claim, tables[table][0], published(reference, table), *pair) for claim, (table, *pair) in (CLAIMS | OWN).items()]
     lines.insert(len(CLAIMS), cost_line(*tables["table_1_nonlocal"][:2]))
     text = f"""## Claims at the {tier.name} tier

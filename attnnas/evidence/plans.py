@@ -19,8 +19,8 @@ from .tables import FROM
 from ..cells.space import SearchSpace
 
 # %% ../../nbs/evidence/06_plans.ipynb #b60f951c
-ROWS = {"backbone": dict(attention="none"), "backbone, MLP head": dict(attention="none", head="mlp"),
-        "non-local": dict(attention="non-local"), "random cell": dict(attention="random"), "derived cell": dict(attention="derived")}
+ROWS = {"backbone": dict(insertion="none"), "backbone, MLP head": dict(insertion="none", head="mlp"),
+        "non-local": dict(insertion="non-local"), "random cell": dict(insertion="random"), "derived cell": dict(insertion="derived")}
 
 
 def settings(tier: Tier, template: str) -> dict:
@@ -43,8 +43,8 @@ def row_runs(tier: Tier, data: str, backbone: str, row: str, seeds, search_seeds
     moved = {"backbone" if origin in MODELS else "data": origin} if row.startswith(FROM) else {}
     kind = ROWS["derived cell"] if moved else choose(row, ROWS, "row")
     place = {"data": data, "backbone": backbone} | moved
-    searches = [tier.run(attention="supergraph", seed=seed, options=options.get(place["backbone"]), **place) for seed in search_seeds]
-    runs = [tier.run(data, backbone, seed=seed, source=searches[i % len(searches)] if kind["attention"] == "derived" else None,
+    searches = [tier.run(insertion="search", seed=seed, options=options.get(place["backbone"]), **place) for seed in search_seeds]
+    runs = [tier.run(data, backbone, seed=seed, source=searches[i % len(searches)] if kind["insertion"] == "derived" else None,
                      options=options.get(backbone), **kind) for i, seed in enumerate(seeds)]
     return runs if modality == "rgb" else [changed(run, data={"modality": modality}) for run in runs]
 
@@ -90,20 +90,19 @@ def table_4_datasets(tier: Tier) -> dict:
 def figure_cells(tier: Tier) -> RunConfig:
     "The search whose cell and weights are drawn."
     s = settings(tier, "figure_cells")
-    return tier.run(s["data"], s["backbone"], "supergraph", s["search_seed"])
+    return tier.run(s["data"], s["backbone"], "search", s["search_seed"])
 
 
 def figure_attention_maps(tier: Tier) -> RunConfig:
     "The network with the derived cell whose attention is shown."
     s = settings(tier, "figure_attention_maps")
-    return tier.run(s["data"], s["backbone"], "derived", s["seed"], source=tier.run(s["data"], s["backbone"], "supergraph", s["search_seed"]))
+    return tier.run(s["data"], s["backbone"], "derived", s["seed"], source=tier.run(s["data"], s["backbone"], "search", s["search_seed"]))
 
 
 def random_derivation(tier: Tier, seed: int) -> Derivation:
     "A cell derived as this tier derives, from random connection weights."
-    like = tier.run("A", "i3d_small", "random", seed)
-    return random_cell(seed, like.search.levels, alpha=like.model.alpha, beta=like.model.beta, width=like.search.width,
-                       activations=like.search.activations)
+    like = tier.run("A", "i3d_small", "random", seed).insertion
+    return random_cell(seed, like.levels, alpha=like.alpha, beta=like.beta, width=like.width, activations=like.activations)
 
 
 def ablation_search(tier: Tier) -> dict:
@@ -117,19 +116,19 @@ def ablation_search(tier: Tier) -> dict:
     space = SearchSpace(s["operations"], tier.search["width"])
     variants = {"default": {"search_seeds": s["search_seeds"], "data": s["data"]}} | s["variants"]
     for data in s["data"]:
-        make = lambda attention, seed, **options: tier.run(data, s["backbone"], attention, seed, **options)
+        make = lambda insertion, seed, **options: tier.run(data, s["backbone"], insertion, seed, **options)
         for i in range(s["space_cells"]):
-            runs[data, "space", "", i] = make("cell", 0, cell=space.sample(i).to_dict())
+            runs[data, "space", "", i] = make("cell", 0, cell=space.sample(i))
         for i in range(s["random_cells"] if data == s["data"][0] else 0):
-            runs[data, "random", "", i] = make("cell", 0, cell=random_derivation(tier, i).cell.to_dict())
+            runs[data, "random", "", i] = make("cell", 0, cell=random_derivation(tier, i).cell)
         for name, options in variants.items():
             if data not in options["data"]: continue
             for i in options["search_seeds"]:
-                search = make("supergraph", i, search=options.get("search"))
+                search = make("search", i, search=options.get("search"))
                 runs[data, "search", name, i] = search
                 runs[data, "derived", name, i] = make("derived", 0, source=search)
         for alpha, beta in s["derivations"] if data == s["data"][0] else []:
-            runs[data, "derivation", f"{alpha}, {beta}", 0] = make("derived", 0, source=make("supergraph", 0), alpha=alpha, beta=beta)
+            runs[data, "derivation", f"{alpha}, {beta}", 0] = make("derived", 0, source=make("search", 0), alpha=alpha, beta=beta)
     return runs
 
 

@@ -20,7 +20,7 @@ from ..core.files import write_atomic
 from ..core.hashes import canonical_json
 from ..data.ceilings import ceilings
 from ..data.synthetic import BENCHMARKS, benchmark
-from .executor import execute
+from .executor import NoRecord, execute
 from .store import RunRecord
 
 # %% ../../nbs/evidence/05_tables.ipynb #8a7620d7
@@ -97,10 +97,10 @@ def check_comparable(rows):
             if record.status == "finished" and not np.isfinite(record.test["top1"]):
                 raise AttnnasError(f"Record {record.key} of row {row.model!r} on {row.data} is finished with accuracy {record.test['top1']}. "
                                    "Remove it and run it again.")
-            protocol = {"package source": record.source, "clips": record.data["fingerprint"], "data": record.config["data"],
+            protocol = {"numbers": record.numbers, "clips": record.data["fingerprint"], "data": record.config["data"],
                         "training recipe": record.config["training"], "seeds": sorted(r.run.seed for r in row.records)}
             for name, value in protocol.items():
-                place = (row.data, row.backbone, name) if name == "package source" else (row.data, name)
+                place = (row.data, row.backbone, name) if name == "numbers" else (row.data, name)
                 known = first.setdefault(place, value)
                 if canonical_json(known) != canonical_json(value):
                     raise AttnnasError(f"Row {row.model!r} on {row.data} differs in its {name}: {value} against {known}. "
@@ -115,11 +115,11 @@ def collect(plan: dict, store, device: str = "auto", rebuild: bool = False) -> t
     """
     known = store.known([run for runs in plan.values() for run in runs]) if rebuild else {}
     there = {name: runs for name, runs in plan.items() if not rebuild or all(run.hash in known for run in runs)}
-    if not there: raise AttnnasError(f"There are no records of this table in {store.folder / 'runs'} to rebuild it from. Run it first.")
+    if not there: raise NoRecord(f"There are no records of this table in {store.folder / 'runs'} to rebuild it from. Run it first.")
     records = iter(execute([run for runs in there.values() for run in runs], store, device=device, rebuild=rebuild))
     rows = [Row(*name, tuple(next(records) for _ in runs)) for name, runs in there.items()]
     check_comparable(rows)
-    sources = {run.source.hash: run.source for runs in there.values() for run in runs if run.source}
+    sources = {run.insertion.needs.hash: run.insertion.needs for runs in there.values() for run in runs if run.insertion.needs}
     return rows, execute(sources.values(), store, device=device, rebuild=rebuild), [name for name in plan if name not in there]
 
 # %% ../../nbs/evidence/05_tables.ipynb #bd665974
@@ -212,8 +212,8 @@ def provenance(rows) -> str:
     first, data = records[0], records[0].run.data
     *most, last = (f"{first.data[f'{split}_clips']} {name}" for split, name in
                    (("train", "training"), ("validation", "validation"), ("test", "test")) if f"{split}_clips" in first.data)
-    size = data.test_size or data.size
-    whole = f", tested in {data.test_frames or data.frames} frames at {size}x{size}" if data.listed else ""
+    _, _, frames, size, _ = data.tested_shape
+    whole = f", tested in {frames} frames at {size}x{size}" if getattr(data, "listed", False) else ""
     lost = max((sum(record.test.get("unreadable", {}).values()) for record in records if record.test), default=0)
     return (f"{counted(len(records), 'run')}; {', '.join(most)} and {last} clips of {data.frames} frames at {data.size}x{data.size}{whole}; "
             f"{f'{lost} test clips could not be read; ' if lost else ''}"
@@ -236,8 +236,8 @@ def markdown_table(frame) -> str:
 def search_costs(rows, searches) -> list:
     "For each search, how many trainings of its plain backbone it cost, where the table has that row."
     plain = {place: np.mean([r.seconds["cpu"] for r in row.records]) for place, row in bases(rows).items()}
-    cost = lambda r: (r.run.data.data, r.run.model.backbone)
-    return [f"Search {r.run.seed} on {r.run.data.data}, {r.run.model.backbone}: {r.seconds['cpu']:.0f} CPU-seconds, "
+    cost = lambda r: (r.run.data.name, r.run.network.backbone)
+    return [f"Search {r.run.seed} on {r.run.data.name}, {r.run.network.backbone}: {r.seconds['cpu']:.0f} CPU-seconds, "
             f"{r.seconds['cpu'] / plain[cost(r)]:.1f} times a training of the backbone." for r in searches
             if cost(r) in plain and r.run.data.modality == rows[0].records[0].run.data.modality]
 
