@@ -7,6 +7,7 @@ __all__ = ['OPERATIONS', 'create_operation']
 
 # %% ../../../nbs/cells/operations/05_registry.ipynb #aac4ae40
 from .base import Operation
+from .channel import SqueezeExcitation
 from .dot_product import DotProductAttention
 from .map_based import MapAttention
 from ...core.errors import choose
@@ -15,6 +16,7 @@ from ...core.errors import choose
 OPERATIONS = {
     "map-based": MapAttention,
     "dot-product": DotProductAttention,
+    "channel": SqueezeExcitation,
 }
 
 
