@@ -30,7 +30,7 @@ from attnnas.search.differentiable import SearchConfig, differentiable
 from attnnas.search.planted import (PLANTED, TASKS, PatchNet, chance_level, planted_clips,
                                     planted_ranks)
 from attnnas.cells.spec import CellSpec
-from attnnas.cells.supergraph import default_nodes
+from attnnas.cells.supergraph import level_nodes
 from attnnas.training.evaluation import evaluate
 from attnnas.training.loop import Trainer, TrainingConfig
 
@@ -40,7 +40,7 @@ SETTINGS = {"one level": (SearchConfig(levels=1, width=16, activations="fixed"),
             "two levels": (SearchConfig(levels=2, width=16, activations="fixed"), SLOW),
             "mixture": (SearchConfig(levels=1, width=16, activations="mixture"), SLOW)}
 CLIPS, TEST_CLIPS = 6144, 1024
-NODES = default_nodes("fixed")
+NODES = level_nodes()
 NAMES = [f"{node.dimension} {node.type}" for node in NODES]
 SPATIOTEMPORAL = "spatiotemporal"
 

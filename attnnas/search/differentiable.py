@@ -25,7 +25,7 @@ from ..networks.insertion import insert, inserted, site_shapes
 from ..networks.profile import count_flops
 from .cost import expected_cost, operation_costs, training_multiply_adds
 from ..cells.spec import CellSpec
-from ..cells.supergraph import ConnectionWeights, Supergraph, default_nodes
+from ..cells.supergraph import ConnectionWeights, Supergraph, level_nodes
 from ..training.loop import Trainer, TrainingConfig, classify
 
 # %% ../../nbs/search/04_differentiable.ipynb #a15ad20b
@@ -51,7 +51,7 @@ class SearchConfig:
 # %% ../../nbs/search/04_differentiable.ipynb #9732e047
 def insert_supergraphs(model: nn.Module, config: SearchConfig, sites=None, example=None) -> nn.Module:
     "Insert a (fused) supergraph at each site, their connection weights shared or not as `config` says."
-    nodes = default_nodes(config.activations)
+    nodes = level_nodes(activations=config.activations)
 
     def connections(): return ConnectionWeights(config.levels, len(nodes), config.parameterisation, config.activations)
 
@@ -157,7 +157,7 @@ class SearchResult:
         sink = torch.tensor(weights["sink"])
         level = torch.tensor(weights["level"]).view(len(sink) - 1, sink.shape[1], sink.shape[1])
         activation = weights["activation"] and torch.tensor(weights["activation"])
-        return derive(level, sink, default_nodes(self.config.activations), alpha, beta, self.config.width, activation)
+        return derive(level, sink, level_nodes(activations=self.config.activations), alpha, beta, self.config.width, activation)
 
     def cells(self, alpha: int = 3, beta: int = 2) -> dict:
         "The derived CellSpec of every site."

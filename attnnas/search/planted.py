@@ -141,7 +141,7 @@ class PatchNet(Backbone):
 
 # %% ../../nbs/search/10_planted.ipynb #0e2771ef
 def planted_ranks(task: str, sink) -> list[int]:
-    """Ranks, from 1, of the planted nodes by sink weight (levels, 6), in the order of `default_nodes`.
+    """Ranks, from 1, of the planted nodes by sink weight (levels, 6), in the order of `TALK`.
 
     Raises: AttnnasError for an unknown task.
     """
