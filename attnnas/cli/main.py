@@ -111,7 +111,7 @@ def _search(args):
     if record.status != "finished": raise AttnnasError(f"The search diverged: {record.reason}. Lower --learning-rate.")
     result, model = search_result(record), record.run.model
     given = vars(args)
-    derivation = result.derive(given.get("alpha", model.alpha), given.get("beta", model.beta))
+    derivation = result.log.derive(given.get("alpha", model.alpha), given.get("beta", model.beta))
     derivation.cell.save(args.output)
     print(f"Cell {derivation.cell.hash}: {derivation.cell}\nWritten: {args.output} (train it with: attnnas train --cell {args.output})")
 

@@ -212,6 +212,11 @@ class EpochLog:
                                "first epoch.")
         return list(self.epochs[-1]["connections"])
 
+    @property
+    def level(self) -> tuple:
+        "The OperationSpec of each node of a level."
+        return level_nodes(self.nodes, self.activations)
+
     def derive(self, alpha: int = 3, beta: int = 2, site: str | None = None,
                epoch: int = -1) -> Derivation:
         """Derive the cell of one site after one epoch.
@@ -229,8 +234,7 @@ class EpochLog:
         levels, nodes = sink.shape
         level = torch.tensor(weights["level"]).view(levels - 1, nodes, nodes)
         activation = weights["activation"] and torch.tensor(weights["activation"])
-        specs = level_nodes(self.nodes, self.activations)
-        return derive(level, sink, specs, alpha, beta, self.width, activation)
+        return derive(level, sink, self.level, alpha, beta, self.width, activation)
 
     def cells(self, alpha: int = 3, beta: int = 2) -> dict:
         "Return {site: CellSpec}, derived from the last epoch. Raises: as `derive`."
