@@ -30,7 +30,7 @@ from attnnas.search.differentiable import SearchConfig, differentiable
 from attnnas.search.planted import (PLANTED, TASKS, PatchNet, chance_level, planted_clips,
                                     planted_ranks)
 from attnnas.cells.spec import CellSpec
-from attnnas.search.base import TALK, level_nodes
+from attnnas.cells.supergraph import TALK, level_nodes
 from attnnas.training.evaluation import evaluate
 from attnnas.training.loop import Trainer, TrainingConfig
 

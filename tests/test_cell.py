@@ -9,10 +9,11 @@ from attnnas.cells.cell import AttentionCell
 from attnnas.core.errors import AttnnasError
 from attnnas.core.seeds import generator
 from attnnas.cells.derivation import carry_over, derive, random_cell
-from attnnas.cells.operations.base import ACTIVATIONS, DIMENSIONS
+from attnnas.attention.formula import ACTIVATIONS
+from attnnas.cells.operations.base import DIMENSIONS
 from attnnas.cells.space import SearchSpace
 from attnnas.cells.spec import CellSpec, OperationSpec
-from attnnas.cells.supergraph import ConnectionWeights, Supergraph, default_nodes
+from attnnas.cells.supergraph import ConnectionWeights, Supergraph, level_nodes
 from genotypes import leave_only
 
 double = dict(dtype=torch.float64)
@@ -166,7 +167,7 @@ def test_cell_errors_and_state():
 # ---------------------------------------------------------------- supergraphs
 
 def graph_of(parameterisation="softmax", activations="fixed", normalise=True, levels=3, nodes=None, seed=0):
-    nodes = default_nodes(activations) if nodes is None else nodes
+    nodes = level_nodes(activations=activations) if nodes is None else nodes
     connections = ConnectionWeights(levels, len(nodes), parameterisation, activations, **double)
     graph = Supergraph(6, 4, levels, nodes, connections, activations, normalise, **double)
     scramble(graph, seed)
@@ -226,7 +227,7 @@ def test_supergraph_errors():
     with pytest.raises(AttnnasError, match="Did you mean 'softmax'"): ConnectionWeights(2, 6, "sofmax")
     with pytest.raises(AttnnasError, match="mixed"): Supergraph(12, 8, activations="mixed")
     with pytest.raises(AttnnasError, match=r"\(3, 6, 'fixed'\)"): Supergraph(12, 8, 3, connections=ConnectionWeights(4, 6))
-    with pytest.raises(AttnnasError, match="decided"): Supergraph(12, 8, operations=default_nodes("mixture"))
+    with pytest.raises(AttnnasError, match="decided"): Supergraph(12, 8, operations=level_nodes(activations="mixture"))
     with pytest.raises(AttnnasError, match="none"): Supergraph(12, 8, operations=())
     with pytest.raises(AttnnasError, match="T, H, W"): Supergraph(12, 8)(torch.zeros(0, 12, 2, 2, 2))
 
@@ -267,7 +268,7 @@ def test_ties_go_to_the_lowest_level_then_the_lowest_node():
     equal = derive(torch.full((2, 3, 3), 1 / 3), torch.full((3, 3), 1 / 9), (a, b, st_dot), alpha=4, beta=2)
     assert equal.kept == ((0, 0), (0, 1), (0, 2), (1, 0)) and equal.cell.inputs[3] == (1, 2)
     assert set(equal.margins.values()) == {0.0}
-    mixture = derive(torch.full((1, 2, 2), 0.5), torch.full((2, 2), 0.25), default_nodes("mixture")[:2], 1, 1,
+    mixture = derive(torch.full((1, 2, 2), 0.5), torch.full((2, 2), 0.25), level_nodes(activations="mixture")[:2], 1, 1,
                      activation_weights=torch.full((2, 2, 4), 0.25))
     assert mixture.cell.operations[0].activation == "none"
 
@@ -275,10 +276,10 @@ def test_ties_go_to_the_lowest_level_then_the_lowest_node():
 def test_activations_are_the_largest_of_the_mixture():
     weights = torch.rand(4, 6, 4, generator=generator("activation"))
     found = derive(torch.rand(3, 6, 6, generator=generator(1)), torch.rand(4, 6, generator=generator(2)),
-                   default_nodes("mixture"), activation_weights=weights)
+                   level_nodes(activations="mixture"), activation_weights=weights)
     for operation, (i, j) in zip(found.cell.operations, found.kept):
         assert operation.activation == ACTIVATIONS[weights[i, j].argmax()]
-        assert (operation.dimension, operation.type) == (default_nodes()[j].dimension, default_nodes()[j].type)
+        assert (operation.dimension, operation.type) == (level_nodes()[j].dimension, level_nodes()[j].type)
 
 
 def test_derivation_on_random_weights_is_the_recursion():
@@ -287,7 +288,7 @@ def test_derivation_on_random_weights_is_the_recursion():
         return {(i, j)}.union(*(reached(i - 1, k, level, beta) for k in best))
     for seed, alpha, beta in product(range(10), (1, 3, 24), (1, 2, 6)):
         level, sink = (torch.rand(shape, generator=generator(seed, *shape)) for shape in ((3, 6, 6), (4, 6)))
-        found = derive(level, sink, default_nodes(), alpha, beta)
+        found = derive(level, sink, level_nodes(), alpha, beta)
         top = sorted(product(range(4), range(6)), key=lambda node: -sink[node])[:alpha]
         assert set(found.kept) == set().union(*(reached(*node, level, beta) for node in top))
         assert {found.kept[k - 1] for k in found.cell.outputs} == set(top)
@@ -300,7 +301,7 @@ def test_derivation_on_random_weights_is_the_recursion():
     (dict(alpha=7), "alpha.*1 to 6"), (dict(alpha=0), "alpha"), (dict(beta=3), "beta.*1 to 2"), (dict(beta=1.5), "beta"),
     (dict(nodes=(a,)), "sink weights have shape"), (dict(level_weights=level[:1]), r"level weights have shape \(2, 2, 2\)"),
     (dict(sink_weights=sink * float("nan")), "sink weights are not finite"), (dict(by="rank"), "ranking"),
-    (dict(activation_weights=torch.zeros(3, 2, 3)), "activation weights"), (dict(nodes=default_nodes("mixture")[:2]), "decided"),
+    (dict(activation_weights=torch.zeros(3, 2, 3)), "activation weights"), (dict(nodes=level_nodes(activations="mixture")[:2]), "decided"),
 ])
 def test_derivation_errors(change, says):
     arguments = dict(level_weights=level, sink_weights=sink, nodes=(a, b), alpha=2, beta=1) | change

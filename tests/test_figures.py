@@ -21,10 +21,11 @@ from attnnas.figures.attention import collect, map_overlay, query_overlay, query
 from attnnas.figures.cells import COLOURS, draw_cell, draw_supergraph
 from attnnas.figures.curves import connection_curves, learning_curves, relative_entropy
 from attnnas.networks.insertion import insert
-from attnnas.cells.operations.base import DIMENSIONS, TYPES, create_operation
+from attnnas.cells.operations.base import DIMENSIONS, TYPES
+from attnnas.cells.operations.registry import create_operation
 from attnnas.cells.space import SearchSpace
 from attnnas.cells.spec import ALL_OPERATIONS, CellSpec, OperationSpec
-from attnnas.cells.supergraph import default_nodes
+from attnnas.cells.supergraph import level_nodes
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +121,7 @@ def test_cell_in_a_small_axes_keeps_its_text_in_its_boxes():
 def test_supergraph_widths_areas_and_signs():
     level, sink = torch.zeros(1, 2, 2), torch.tensor([[.4, .1], [.2, -.3]])
     level[0, 1, 0], level[0, 0, 1] = .8, -.2                             # node 1 of level 2 reads node 0 of level 1
-    ax = draw_supergraph(level.requires_grad_(), sink, default_nodes()[:2], kept=[(0, 0), (1, 1)]).axes[0]
+    ax = draw_supergraph(level.requires_grad_(), sink, level_nodes()[:2], kept=[(0, 0), (1, 1)]).axes[0]
     drawn = {tuple(map(int, line.get_ydata())): (line.get_linewidth(), line.get_linestyle()) for line in ax.lines}
     assert drawn[0, 1] == (4, "-") and drawn[1, 0] == (pytest.approx(1), "--") and drawn[0, 0][0] == 0
     areas = [c.get_sizes()[0] for c in ax.collections]
@@ -133,18 +134,18 @@ def test_supergraph_widths_areas_and_signs():
 def test_supergraph_highlights_the_derived_connections():
     draw = torch.Generator().manual_seed(0)
     level, sink = torch.rand(3, 6, 6, generator=draw), torch.rand(4, 6, generator=draw)
-    found = derive(level, sink, default_nodes())
-    ax = draw_supergraph(level, sink, default_nodes(), kept=found).axes[0]
+    found = derive(level, sink, level_nodes())
+    ax = draw_supergraph(level, sink, level_nodes(), kept=found).axes[0]
     black = {tuple(map(tuple, line.get_xydata().astype(int))) for line in ax.lines if line.get_color() == "black"}
     node = lambda k: found.kept[k - 1]
     assert black == {(node(i), node(k)) for k, inputs in enumerate(found.cell.inputs, 1) for i in inputs if i}
 
 
 def test_supergraph_of_one_level_and_wrong_shapes():
-    assert len(draw_supergraph(torch.zeros(0, 6, 6), torch.full((1, 6), 1 / 6), default_nodes()).axes[0].lines) == 0
+    assert len(draw_supergraph(torch.zeros(0, 6, 6), torch.full((1, 6), 1 / 6), level_nodes()).axes[0].lines) == 0
     for level, sink in (((3, 6, 6), (6, 4)), ((2, 6, 6), (4, 6)), ((3, 5, 6), (4, 6)), ((3, 6, 6), (24,))):
         with pytest.raises(AttnnasError, match="do not fit 6 nodes"):
-            draw_supergraph(torch.ones(level), torch.ones(sink), default_nodes())
+            draw_supergraph(torch.ones(level), torch.ones(sink), level_nodes())
 
 
 # Curves
@@ -166,7 +167,7 @@ def test_connection_curves_show_the_history(site):
     activation = history[-1]["connections"][site or "a"]["activation"]
     assert np.allclose(axes[2].images[0].get_array(), np.reshape(activation, (12, 4)))
     best = {divmod(int(i), 6) for i in sink[-1].argsort()[-2:]}
-    named = {f"level {i + 1} {default_nodes()[j].dimension}\n{default_nodes()[j].type}" for i, j in best}
+    named = {f"level {i + 1} {level_nodes()[j].dimension}\n{level_nodes()[j].type}" for i, j in best}
     assert {text.get_text() for text in axes[0].texts} == named
     framed = {round(p.get_y() + .5) for p in axes[2].patches if isinstance(p, Rectangle)}
     assert framed == {6 * i + j for i, j in best}

@@ -12,7 +12,7 @@ from attnnas.core.seeds import generator
 from attnnas.cells.derivation import carry_over, derive
 from attnnas.cells.fused import FusedSupergraph
 from attnnas.cells.spec import OperationSpec
-from attnnas.cells.supergraph import ConnectionWeights, Supergraph, default_nodes
+from attnnas.cells.supergraph import ConnectionWeights, Supergraph, level_nodes
 from genotypes import leave_only
 
 double = dict(dtype=torch.float64)
@@ -22,7 +22,7 @@ LIMIT = {torch.float64: 1e-10, torch.float32: 1e-5}
 def twins(parameterisation="softmax", activations="fixed", normalise=True, levels=3, nodes=None, dtype=torch.float64, seed=0):
     "A literal and a fused supergraph in the same state, in which nothing is at a value that hides an error."
     torch.manual_seed(seed)
-    nodes = default_nodes(activations) if nodes is None else nodes
+    nodes = level_nodes(activations=activations) if nodes is None else nodes
     connections = ConnectionWeights(levels, len(nodes), parameterisation, activations, dtype=dtype)
     for p in connections.parameters():
         if p.numel(): nn.init.normal_(p, *((0.2, 0.2) if parameterisation == "free" else (0, 1)))
@@ -163,5 +163,5 @@ def copy_without_pooling(graph):
 
 
 def test_errors_are_those_of_the_literal_one():
-    with pytest.raises(AttnnasError, match="decided"): FusedSupergraph(12, 8, operations=default_nodes("mixture"))
+    with pytest.raises(AttnnasError, match="decided"): FusedSupergraph(12, 8, operations=level_nodes(activations="mixture"))
     with pytest.raises(AttnnasError, match="T, H, W"): FusedSupergraph(12, 8)(torch.zeros(0, 12, 2, 2, 2))

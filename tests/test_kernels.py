@@ -13,7 +13,7 @@ from attnnas.attention import kernels, triton as triton_kernels
 from attnnas.attention.formula import (ACTIVATIONS, COMPATIBILITIES, PREPARATIONS, SCALINGS,
                                        Attention, activate, attend, attention_weights, local)
 from attnnas.core.errors import AttnnasError
-from attnnas.cells.operations.base import create_operation
+from attnnas.cells.operations.registry import create_operation
 
 from test_ops import clip, scaled
 

@@ -8,7 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnnas.attention.formula import ACTIVATIONS, activate, attend, attention_weights
 from attnnas.core.errors import AttnnasError
-from attnnas.cells.operations.base import DIMENSIONS, TYPES, create_operation, fold, unfold
+from attnnas.cells.operations.base import DIMENSIONS, TYPES, fold, unfold
+from attnnas.cells.operations.registry import create_operation
 
 KINDS = list(product(DIMENSIONS, TYPES))
 ALL = list(product(DIMENSIONS, TYPES, ACTIVATIONS))

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from attnnas.core.errors import AttnnasError
 from attnnas.core.seeds import seed_everything
 from attnnas.data.clips import ClipSource
-from attnnas.cells.operations.base import create_operation
-from attnnas.search.base import TALK
+from attnnas.cells.operations.registry import create_operation
+from attnnas.cells.supergraph import TALK
 from attnnas.search.differentiable import SearchConfig, differentiable
 from attnnas.search.planted import (BLANK, DARK, DECOY, FACE, LIGHT, PLANTED, TARGET, TASKS,
                                     PatchNet, chance_level, planted_clips, planted_ranks)

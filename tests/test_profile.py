@@ -18,7 +18,8 @@ from attnnas.core.errors import AttnnasError
 from attnnas.cells.fused import FusedSupergraph
 from attnnas.networks.insertion import insert
 from attnnas.networks.non_local import NonLocalBlock
-from attnnas.cells.operations.base import DIMENSIONS, create_operation
+from attnnas.cells.operations.base import DIMENSIONS
+from attnnas.cells.operations.registry import create_operation
 from attnnas.networks.profile import (activation_bytes, costliest, count_flops, profile,
                                       profile_modules, profile_sites, profile_table)
 from attnnas.cells.spec import CellSpec, OperationSpec

@@ -14,7 +14,7 @@ import pytest
 from attnnas.core.errors import AttnnasError
 from attnnas.core.files import write_json
 from attnnas.cells.derivation import random_cell
-from attnnas.cells.operations.base import ACTIVATIONS
+from attnnas.attention.formula import ACTIVATIONS
 from attnnas.cells.space import SearchSpace
 from attnnas.cells.spec import ALL_OPERATIONS, CellSpec, OperationSpec
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from attnnas.networks.registry import create_model
 from attnnas.core.errors import AttnnasError
 from attnnas.networks.insertion import insert, inserted
-from attnnas.cells.operations.base import OPERATIONS
+from attnnas.cells.operations.registry import OPERATIONS
 from attnnas.visual.cbam import CBAM, ChannelAttention, SpatialAttention
 from attnnas.visual.gates import GATE_SCALINGS, AttentionGate, shifted
 from attnnas.visual.l2pa import L2PA, L2PA_COMPATIBILITIES

@@ -9,7 +9,8 @@ __all__ = ['standardise', 'zero_norm', 'weighted_sum', 'concatenate', 'Attention
 import torch
 from torch import nn
 
-from .operations.base import Pointwise, check_features, create_operation
+from .operations.base import Pointwise, check_features
+from .operations.registry import create_operation
 from .spec import CellSpec
 
 # %% ../../nbs/cells/03_cell.ipynb #c4c01533

@@ -13,9 +13,9 @@ import torch
 from .cell import AttentionCell
 from ..core.errors import AttnnasError, choose
 from ..core.seeds import generator
-from .operations.base import ACTIVATIONS
+from ..attention.formula import ACTIVATIONS
 from .spec import CellSpec
-from .supergraph import Supergraph, default_nodes
+from .supergraph import Supergraph, level_nodes
 
 # %% ../../nbs/cells/05_derivation.ipynb #51c51422
 def _largest(weights: torch.Tensor, count: int) -> tuple[list[int], float | None]:
@@ -96,7 +96,7 @@ def random_cell(seed, levels: int = 4, nodes=None, alpha: int = 3, beta: int = 2
 
     Raises: AttnnasError as `derive`. [choice: a control of ours]
     """
-    nodes = default_nodes(activations) if nodes is None else tuple(nodes)
+    nodes = level_nodes(activations=activations) if nodes is None else tuple(nodes)
     n, draw = len(nodes), generator("random_cell", seed)
     level, sink, activation = (torch.rand(shape, generator=draw, dtype=torch.float64)
                                for shape in ((levels - 1, n, n), (levels, n), (levels, n, len(ACTIVATIONS))))

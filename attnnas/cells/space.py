@@ -6,13 +6,16 @@
 __all__ = ['SearchSpace']
 
 # %% ../../nbs/cells/02_space.ipynb #fa88f3d9
+import itertools
 import math
 import operator
 from dataclasses import dataclass, replace
 
 from ..core.errors import AttnnasError, choose
 from ..core.hashes import content_hash
-from .operations.base import ACTIVATIONS, DIMENSIONS, TYPES
+from ..attention.formula import ACTIVATIONS
+from .operations.base import DIMENSIONS, TYPES
+from .operations.registry import OPERATIONS
 from .spec import CellSpec, OperationSpec
 
 # %% ../../nbs/cells/02_space.ipynb #a66fafe1
@@ -33,7 +36,8 @@ def _value(subset) -> int:
 class SearchSpace:
     """All cells of `operations` operations, each reading any non-empty subset of the features before it.
 
-    dimensions, types, activations: the names to choose from (default: all), kept in the order of `attnnas.cells.operations.base`.
+    dimensions, types, activations: the names to choose from (default: all of the talk's), kept in the order in which they are
+    registered; a type that is not the talk's is there only where it is named.
     A cell is a list of digits, one a parameter: operation by operation the dimension, type, activation (places
     among those names) and inputs (place in the Gray code). Cells are ordered by them, the last changing fastest.
     `space[i]` is cell number i, `cell in space` tells whether a CellSpec is one of them.
@@ -122,7 +126,7 @@ def _check_space(space: SearchSpace):
         value = getattr(space, name)
         if type(value) is not int or value < 1:
             raise AttnnasError(f"A search space's {name} must be a whole number, at least one {unit}; got {value!r}.")
-    for name, known in (("dimensions", DIMENSIONS), ("types", TYPES), ("activations", ACTIVATIONS)):
+    for name, known in (("dimensions", DIMENSIONS), ("types", tuple(OPERATIONS)), ("activations", ACTIVATIONS)):
         given = getattr(space, name)
         if not isinstance(given, (list, tuple)) or not given:
             raise AttnnasError(f"A search space's {name} must be a list of names, at least one of "
@@ -131,6 +135,8 @@ def _check_space(space: SearchSpace):
         kept = tuple(value for value in known if value in given)
         if len(kept) < len(given): raise AttnnasError(f"A search space's {name} name one twice: {', '.join(given)}.")
         object.__setattr__(space, name, kept)
+    for kind, dimension, activation in itertools.product(space.types, space.dimensions, space.activations):
+        OPERATIONS[kind].check(dimension, activation)
 
 
 def _whole(value, count: int, what: str) -> int:

@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass, fields
 from ..core.errors import AttnnasError, choose
 from ..core.files import read_json, write_json
 from ..core.hashes import canonical_json, content_hash
-from .operations.base import ACTIVATIONS, DIMENSIONS, TYPES
+from ..attention.formula import ACTIVATIONS
+from .operations.base import DIMENSIONS, TYPES
+from .operations.registry import OPERATIONS
 
 # %% ../../nbs/cells/01_spec.ipynb #8fa3c11a
 @dataclass(frozen=True)
@@ -26,9 +28,7 @@ class OperationSpec:
     activation: str
 
     def __post_init__(self):
-        choose(self.dimension, DIMENSIONS, "dimension")
-        choose(self.type, TYPES, "type")
-        choose(self.activation, (*ACTIVATIONS, "mixture"), "activation")
+        OPERATIONS[choose(self.type, tuple(OPERATIONS), "type")].check(self.dimension, self.activation)
 
     def __str__(self): return f"{self.dimension} {self.type} {self.activation}"
 

@@ -35,7 +35,8 @@ from ..evidence.store import Store
 from ..cells.fused import FusedSupergraph
 from ..networks.insertion import insert
 from ..networks.non_local import NonLocalBlock
-from ..cells.operations.base import ACTIVATIONS, DIMENSIONS, TYPES
+from ..attention.formula import ACTIVATIONS
+from ..cells.operations.base import DIMENSIONS, TYPES
 from ..networks.profile import profile_table
 from ..cells.spec import CellSpec
 from ..visual.cbam import CBAM

@@ -167,7 +167,7 @@ def query_weights(operation: nn.Module, x: Tensor, query: tuple[int, int, int], 
     x (d, T', H', W'): what a dot-product `operation` saw of the clip `video` (3, T, H, W), `seen.input[n]`.
     Raises: AttnnasError for a query outside the clip, and for an operation that has no queries.
     """
-    if not hasattr(operation, "query"):
+    if not getattr(operation, "pairwise", False):
         raise AttnnasError(f"{operation} has no queries. Draw its weights with map_overlay.")
     _check(query, video)
     sizes, grid = video.shape[1:], x.shape[1:]

@@ -10,7 +10,8 @@ import numpy as np
 
 from ..core.errors import AttnnasError, choose
 from .cells import COLOURS, _apart
-from ..cells.supergraph import default_nodes
+from ..cells.operations.registry import OPERATIONS
+from ..cells.supergraph import level_nodes
 
 # %% ../../nbs/figures/04_curves.ipynb #6aa750c9
 def relative_entropy(sink) -> float:
@@ -23,8 +24,8 @@ def relative_entropy(sink) -> float:
 def _sink_panel(ax, sink, nodes, leaders):
     epochs = np.arange(1, len(sink) + 1)
     for i, j in np.ndindex(sink.shape[1:]):
-        lead, dashed = (i, j) in leaders, nodes[j].type == "map-based"
-        ax.plot(epochs, sink[:, i, j], "--" if lead and dashed else "-", marker="." if len(sink) < 3 else "",
+        lead, style = (i, j) in leaders, OPERATIONS[nodes[j].type].linestyle
+        ax.plot(epochs, sink[:, i, j], style if lead else "-", marker="." if len(sink) < 3 else "",
                 color=COLOURS[nodes[j].dimension] if lead else "0.8", linewidth=2 if lead else .8, zorder=2 + lead)
     bottom, top = ax.get_ylim()
     ends = sorted(leaders, key=lambda node: sink[-1][node])
@@ -39,7 +40,7 @@ def _sink_panel(ax, sink, nodes, leaders):
 # %% ../../nbs/figures/04_curves.ipynb #fbee9c87
 def _activation_panel(ax, activation, leaders):
     from matplotlib.patches import Rectangle
-    from attnnas.cells.operations.base import ACTIVATIONS
+    from attnnas.attention.formula import ACTIVATIONS
     m, n, kinds = activation.shape
     image = ax.imshow(activation.reshape(m * n, kinds), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for i, j in leaders: ax.add_patch(Rectangle((-.5, i * n + j - .5), kinds, 1, fill=False, clip_on=False))
@@ -61,13 +62,13 @@ def connection_curves(history: list, nodes=None, site: str | None = None, top: i
     """Draw how connection weights developed: sink weights, their relative entropy, activations; returns the Figure.
 
     history: one dictionary an epoch, whose ["connections"][site] has "sink" (m, n) and "activation" (m, n, 4) or
-    None. `nodes`: the n OperationSpec (default `default_nodes()`); `site`: default the first; `top` nodes are named.
+    None. `nodes`: the n OperationSpec (default `level_nodes()`); `site`: default the first; `top` nodes are named.
     Raises: AttnnasError for a history without connection weights and for an unknown site.
     """
     import matplotlib.pyplot as plt
     if not history or "connections" not in history[0]:
         raise AttnnasError("The history has no connection weights. Give that of a search (attention 'supergraph').")
-    sites, nodes = list(history[0]["connections"]), nodes or default_nodes()
+    sites, nodes = list(history[0]["connections"]), nodes or level_nodes()
     site = sites[0] if site is None else choose(site, sites, "site")
     connections = [epoch["connections"][site] for epoch in history]
     sink, activation = np.array([c["sink"] for c in connections], dtype=float), connections[-1].get("activation")

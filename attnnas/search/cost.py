@@ -9,14 +9,21 @@ __all__ = ['operation_costs', 'training_multiply_adds', 'expected_cost']
 import torch
 
 from ..attention.formula import ACTIVATIONS
-from ..cells.operations.base import create_operation
+from ..cells.operations.registry import OPERATIONS, create_operation
 from ..networks.profile import count_flops
 
 # %% ../../nbs/search/01_cost.ipynb #736c4702
 def operation_costs(nodes, width: int, clip) -> torch.Tensor:
-    "Multiply-adds (n, 4) of one level's `nodes` with each of the ACTIVATIONS, on features (width, *clip), clip = (T, H, W)."
-    return torch.tensor([[count_flops(create_operation(node.dimension, node.type, activation, width), (1, width, *clip)) / 2
-                          for activation in ACTIVATIONS] for node in nodes])
+    """Count multiply-adds (n, 4) of one level's `nodes` with each of the ACTIVATIONS.
+
+    The features are (width, *clip), clip = (T, H, W). An activation that a node's type does not take costs nothing.
+    """
+    def cost(node, activation) -> float:
+        if activation not in OPERATIONS[node.type].activations: return 0.0
+        operation = create_operation(node.dimension, node.type, activation, width)
+        return count_flops(operation, (1, width, *clip)) / 2
+
+    return torch.tensor([[cost(node, activation) for activation in ACTIVATIONS] for node in nodes])
 
 # %% ../../nbs/search/01_cost.ipynb #d7d416f6
 def training_multiply_adds(forward: int, trained: int, evaluated: int = 0) -> int:

@@ -19,12 +19,12 @@ from ..core.devices import versions
 from ..core.hashes import source_hash
 from ..core.options import check, option, to_plain
 from ..cells.fused import FusedSupergraph
-from ..cells.supergraph import ConnectionWeights, Supergraph
+from ..cells.supergraph import TALK, ConnectionWeights, Supergraph, level_nodes
 from ..networks.insertion import insert, inserted, site_shapes
 from ..networks.profile import count_flops
 from ..training.evaluation import Diverged
 from ..training.loop import Trainer, TrainingConfig, classify
-from .base import TALK, EpochLog, SearchResult, level_nodes
+from .base import EpochLog, SearchResult
 from .cost import expected_cost, operation_costs, training_multiply_adds
 
 # %% ../../nbs/search/04_differentiable.ipynb #a15ad20b

@@ -19,7 +19,7 @@ from ..core.hashes import content_hash
 from ..core.seeds import generator
 from ..data.clips import Clips
 from ..data.synthetic import SPLITS
-from .base import TALK
+from ..cells.supergraph import TALK
 
 # %% ../../nbs/search/10_planted.ipynb #97742941
 FRAMES, SIDE, FACES, BLOCK = 16, 4, 4, 256
