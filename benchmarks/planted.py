@@ -30,7 +30,7 @@ from attnnas.search.differentiable import SearchConfig, differentiable
 from attnnas.search.planted import (PLANTED, TASKS, PatchNet, chance_level, planted_clips,
                                     planted_ranks)
 from attnnas.cells.spec import CellSpec
-from attnnas.cells.supergraph import level_nodes
+from attnnas.cells.supergraph import TALK, level_nodes
 from attnnas.training.evaluation import evaluate
 from attnnas.training.loop import Trainer, TrainingConfig
 
@@ -40,9 +40,12 @@ SETTINGS = {"one level": (SearchConfig(levels=1, width=16, activations="fixed"),
             "two levels": (SearchConfig(levels=2, width=16, activations="fixed"), SLOW),
             "mixture": (SearchConfig(levels=1, width=16, activations="mixture"), SLOW)}
 CLIPS, TEST_CLIPS = 6144, 1024
-NODES = level_nodes()
-NAMES = [f"{node.dimension} {node.type}" for node in NODES]
-SPATIOTEMPORAL = "spatiotemporal"
+NODES = level_nodes(TALK, "fixed")
+
+
+def name_of(operation) -> str:
+    "Its dimension and type, as nodes are named."
+    return f"{operation.dimension} {operation.type}"
 
 
 def prepare(task: str, seed: int, network: str = "PatchNet"):
@@ -60,19 +63,20 @@ def search(setting: str, task: str, seed: int) -> dict:
     started = time.process_time()
     found = differentiable(net, train, *SETTINGS[setting], seed=seed)
     seconds = time.process_time() - started
-    sink = torch.tensor(found.history[-1]["connections"][found.sites[0]]["sink"])
-    order = [divmod(i, len(NODES)) for i in sink.flatten().argsort(descending=True, stable=True).tolist()]
+    sink = torch.tensor(found.log.epochs[-1]["connections"][found.log.sites[0]]["sink"])
+    ranking = sink.flatten().argsort(descending=True, stable=True).tolist()
+    order = [divmod(i, len(TALK)) for i in ranking]
     ranks = planted_ranks(task, sink)
-    types = {kind for _, kind in PLANTED[task]}
-    lenient = [r for r, (_, j) in enumerate(order, 1) if NODES[j].dimension == SPATIOTEMPORAL and NODES[j].type in types]
+    over_both = {f"spatiotemporal {name.split(' ')[1]}" for name in PLANTED[task]}
+    lenient = [rank for rank, (_, j) in enumerate(order, 1) if TALK[j] in over_both]
     best = {"strict": ranks[0], "lenient": min(ranks[0], lenient[0])}
-    chain = found.derive(alpha=1, beta=1).cell.operations
+    chain = [name_of(o) for o in found.log.derive(alpha=1, beta=1).cell.operations]
     row = dict(setting=setting, task=task, seed=seed)
-    row |= {f"top_{k}": f"{NAMES[j]} (level {i + 1})" for k, (i, j) in enumerate(order[:3], 1)}
+    row |= {f"top_{k}": f"{TALK[j]} (level {i + 1})" for k, (i, j) in enumerate(order[:3], 1)}
     row |= dict(ranks=" ".join(map(str, ranks)), mean_rank=sum(ranks) / len(ranks))
     row |= {f"{how}_alpha_{alpha}": int(rank <= alpha) for how, rank in best.items() for alpha in (1, 3)}
-    row |= dict(chain=" < ".join(f"{o.dimension} {o.type}" for o in reversed(chain)),
-                chain_has_planted=int(any((o.dimension, o.type) in PLANTED[task] for o in chain)))
+    row |= dict(chain=" < ".join(reversed(chain)),
+                chain_has_planted=int(any(name in PLANTED[task] for name in chain)))
     row |= {"weight": sink.max().item(), "accuracy": evaluate(net, test)["top1"], "cpu_seconds": seconds}
     return row
 
@@ -83,7 +87,7 @@ def operation(network: str, node, task: str, seed: int) -> dict:
     if node: insert(net, CellSpec((node,), inputs=((0,),), width=16))
     trainer = Trainer(net, train, COMMON, seed=seed)
     trainer.fit()
-    planted = bool(node) and (node.dimension, node.type) in PLANTED[task]
+    planted = bool(node) and name_of(node) in PLANTED[task]
     return dict(network=network, task=task, operation=str(node) if node else "none", planted=int(planted), seed=seed,
                 accuracy=evaluate(net, test)["top1"], cpu_seconds=trainer.seconds["cpu"])
 

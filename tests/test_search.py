@@ -24,13 +24,14 @@ from attnnas.core.seeds import seed_everything
 from attnnas.data.synthetic import benchmark, make_clips
 from attnnas.networks.insertion import insert
 from attnnas.networks.profile import count_flops
-from attnnas.search.base import CellTraining, Past, SearchResult, Trial, describe, try_cell
+from attnnas.search.base import Past, SearchResult, Trial, TrialLog, try_cell
 from attnnas.search.bandit import bandit
 from attnnas.search.bandit import propose as propose_bandit
 from attnnas.search.evolution import evolution
 from attnnas.search.evolution import propose as propose_evolution
+from attnnas.search.objective import CellTraining
 from attnnas.search.random import random
-from attnnas.search.study import Claims, Study, search
+from attnnas.search.study import Claims, Study, describe, search
 from attnnas.search.tabular import TabularBenchmark, different_cells, run_of
 from attnnas.cells.space import SearchSpace
 from attnnas.training.evaluation import Diverged, evaluate
@@ -78,7 +79,7 @@ def tries(log) -> list:
 
 
 def outcomes(result) -> list:
-    return [dataclasses.replace(trial, seconds={}) for trial in result.trials]
+    return [dataclasses.replace(trial, seconds={}) for trial in result.log.trials]
 
 
 def forked(work) -> int:
@@ -140,14 +141,14 @@ def test_what_follows_from_the_trials():
     scores = [None, 61.0, 60.0, 63.0, 63.0]
     trials = tuple(Trial(k, SPACE[k], 0, {"wall": 2.0, "cpu": 1.0, "proposal": .5}, "finished" if s else "diverged", s,
                          multiply_adds=10, metrics={"regret": k}) for k, s in enumerate(scores))
-    result = SearchResult("random", SPACE, 0, {}, "x", trials, {})
+    result = SearchResult("random", {}, 0, TrialLog(SPACE, "x", trials), {})
     assert result.best == SPACE[3] and result.multiply_adds == 50
     assert result.seconds == {"wall": 10, "cpu": 5, "proposal": 2.5}
     way = result.trajectory
     assert [(row["best"], row["regret"]) for row in way] == [(None, None), (61, 1), (61, 1), (63, 3), (63, 3)]
     assert way[-1] == {"trials": 5, "seconds": 12.5, "multiply_adds": 50, "best": 63, "regret": 3}
     with pytest.raises(AttnnasError, match="None of the 1 trials finished"):
-        dataclasses.replace(result, trials=trials[:1]).best
+        dataclasses.replace(result, log=TrialLog(SPACE, "x", trials[:1])).best
 
 
 @pytest.mark.parametrize("change, told", [
@@ -166,7 +167,7 @@ def test_a_result_is_its_json(change, told):
 def test_the_same_seed_gives_the_same_search(name):
     first, second, other = (METHODS[name](SPACE, Formula(), 8, seed) for seed in (3, 3, 4))
     assert outcomes(first) == outcomes(second) != outcomes(other)
-    assert {trial.status for trial in first.trials + other.trials} == {"finished", "diverged"}
+    assert {trial.status for trial in first.log.trials + other.log.trials} == {"finished", "diverged"}
 
 
 def test_the_sampler_of_the_bandit_is_seeded_by_seed_and_number(monkeypatch):
@@ -182,7 +183,7 @@ def test_the_sampler_of_the_bandit_is_seeded_by_seed_and_number(monkeypatch):
 
 
 def test_methods_of_one_seed_start_with_the_same_cells():
-    starts = [[trial.cell for trial in method(SPACE, Formula(), 4, 1).trials] for method in METHODS.values()]
+    starts = [[trial.cell for trial in method(SPACE, Formula(), 4, 1).log.trials] for method in METHODS.values()]
     assert starts[0] == starts[1] == starts[2]
 
 
@@ -190,10 +191,10 @@ def test_methods_of_one_seed_start_with_the_same_cells():
 def test_no_cell_is_tried_twice_and_a_search_ends_with_the_space(name):
     small = SearchSpace(2, dimensions=["temporal"], types=["dot-product"])
     result = METHODS[name](small, Formula(), 60)
-    assert sorted(trial.cell.hash for trial in result.trials) == sorted(different_cells(small))
-    assert result.best in small and len(result.trials) == 3 * 4**2 - 4 * 3 // 2
+    assert sorted(trial.cell.hash for trial in result.log.trials) == sorted(different_cells(small))
+    assert result.best in small and len(result.log.trials) == 3 * 4**2 - 4 * 3 // 2
     one = SearchSpace(1, dimensions=["temporal"], types=["dot-product"], activations=["relu"])
-    assert len(METHODS[name](one, Formula(), 60).trials) == 1
+    assert len(METHODS[name](one, Formula(), 60).log.trials) == 1
 
 
 def past(trials, number=None, running=()) -> Past:
@@ -272,7 +273,7 @@ def test_two_processes_make_every_trial_once(processes, name):
     tried = tries(processes / f"{name}.log")
     result = METHODS[name](SPACE, Formula(kill_in=1), 12, 5, processes / f"{name} shared")
     assert len(tried) == 12 and len({pid for pid, _ in tried}) == 2
-    assert sorted(cell for _, cell in tried) == sorted({trial.cell.hash for trial in result.trials})
+    assert sorted(cell for _, cell in tried) == sorted({trial.cell.hash for trial in result.log.trials})
 
 
 def test_processes_in_a_hurry_do_not_write_over_each_other(processes):
@@ -428,7 +429,7 @@ def test_a_run_that_diverged_counts_as_the_worst(tmp_path):
     assert damaged.means["test"][table.row(best)] == (worth(best) + lowest) / 2 and damaged.noise["test"]["sd"] == 0
     assert damaged.objective()(best, 0)["score"] is None is not damaged.objective(0)(best, 0)["score"]
     result = random(small, damaged.objective(1), 24)
-    assert [trial.cell.hash for trial in result.trials if trial.status == "diverged"] == [best.hash]
+    assert [trial.cell.hash for trial in result.log.trials if trial.status == "diverged"] == [best.hash]
     assert result.seconds["wall"] == 24 * 9 and result.multiply_adds == 24 * 7
     assert result.trajectory[-1]["regret"] == damaged.regret(result.best)
 
@@ -481,7 +482,7 @@ def test_cell_training_is_training_and_evaluation(training):
 
 def test_a_training_that_diverges_is_a_trial(training):
     hot = dataclasses.replace(training.training, optimizer="sgd", learning_rate=1e9)
-    trial = random(SPACE, dataclasses.replace(training, training=hot), 1).trials[0]
+    trial = random(SPACE, dataclasses.replace(training, training=hot), 1).log.trials[0]
     assert trial.status == "diverged" and trial.reason and trial.score is None and trial.multiply_adds > 0
 
 

@@ -48,7 +48,7 @@ def search(folder: Path, seed=SEED, **options):
     result = differentiable(model, clips("train", 44), SEARCH, TRAINING, seed=seed, validation=clips("validation", 12),
                             checkpoint=folder / "checkpoint", **options)
     cells = {site: cell.to_json() for site, cell in result.cells().items()}
-    save_checkpoint(folder / "found", {"weights": model.state_dict(), "history": result.history, "cells": cells})
+    save_checkpoint(folder / "found", {"weights": model.state_dict(), "history": list(result.log.epochs), "cells": cells})
 
 
 # The processes. They are forked from a parent that has trained nothing, so that they lack no thread.

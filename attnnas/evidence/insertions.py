@@ -18,7 +18,8 @@ from ..core.errors import AttnnasError, choose
 from ..core.options import check, from_fields, option, to_plain
 from ..networks.insertion import insert
 from ..networks.non_local import NonLocalBlock
-from ..search.differentiable import SearchConfig, SearchResult, insert_supergraphs
+from ..search.base import SearchResult
+from ..search.differentiable import SearchConfig, insert_supergraphs
 
 # %% ../../nbs/evidence/02_insertions.ipynb #3807811d
 @dataclass(frozen=True)

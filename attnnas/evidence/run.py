@@ -23,7 +23,8 @@ from .config import RunConfig
 from .store import RunRecord, Store, package_source, run_key
 from ..networks.profile import count_flops
 from ..search.cost import training_multiply_adds
-from ..search.differentiable import SearchResult, search_trainer
+from ..search.base import SearchResult
+from ..search.differentiable import result_of, search_trainer
 from ..training.loop import Trainer
 from ..training.processes import ALONE, OneProcess
 
@@ -48,7 +49,7 @@ def search_result(record: RunRecord) -> SearchResult:
     provenance = {"source": record.source, "data": clips["fingerprint"],
                   "versions": record.versions, "device": record.device}
     config = record.run
-    return SearchResult(config.insertion.search, record.history, record.seconds, config.seed, cost,
+    return result_of(config.insertion.search, record.history, config.seed, record.seconds, cost,
                         provenance)
 
 # %% ../../nbs/evidence/05_run.ipynb #3f1fc070

@@ -1,11 +1,16 @@
 """Searches of the cell space: each is a function that gives a SearchResult."""
-from attnnas.search.bandit import bandit
-from attnnas.search.base import CellTraining
-from attnnas.search.differentiable import SearchConfig, SearchResult, differentiable
-from attnnas.search.evolution import evolution
+from attnnas.search.bandit import BanditConfig, bandit
+from attnnas.search.base import EpochLog, SearchResult, TrialLog
+from attnnas.search.differentiable import SearchConfig, differentiable
+from attnnas.search.evolution import EvolutionConfig, evolution
 from attnnas.search.health import health
-from attnnas.search.random import random
+from attnnas.search.methods import METHODS, black_box, search_config
+from attnnas.search.objective import CellTraining
+from attnnas.search.random import RandomConfig, random
+from attnnas.search.study import AnotherStudy, BlackBoxConfig
 from attnnas.search.tabular import TabularBenchmark
 
-__all__ = ["CellTraining", "SearchConfig", "SearchResult", "TabularBenchmark", "bandit", "differentiable", "evolution", "health",
-           "random"]
+__all__ = ["AnotherStudy", "BanditConfig", "BlackBoxConfig", "CellTraining", "EpochLog",
+           "EvolutionConfig", "METHODS", "RandomConfig", "SearchConfig", "SearchResult",
+           "TabularBenchmark", "TrialLog", "bandit", "black_box", "differentiable", "evolution",
+           "health", "random", "search_config"]

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SearchConfig', 'insert_supergraphs', 'supergraphs', 'connection_parameters', 'connection_snapshot', 'cost_of',
-           'search_loss', 'SearchResult', 'search_trainer', 'differentiable']
+           'search_loss', 'search_trainer', 'result_of', 'differentiable']
 
 # %% ../../nbs/search/04_differentiable.ipynb #45058aa2
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,90 +16,137 @@ from torch import nn
 
 from ..attention.formula import ACTIVATIONS
 from ..core.devices import versions
-from ..core.errors import AttnnasError, choose
 from ..core.hashes import source_hash
-from ..core.options import check, option
-from ..cells.derivation import Derivation, derive
+from ..core.options import check, option, to_plain
 from ..cells.fused import FusedSupergraph
+from ..cells.supergraph import TALK, ConnectionWeights, Supergraph, level_nodes
 from ..networks.insertion import insert, inserted, site_shapes
 from ..networks.profile import count_flops
-from .cost import expected_cost, operation_costs, training_multiply_adds
-from ..cells.spec import CellSpec
-from ..cells.supergraph import ConnectionWeights, Supergraph, level_nodes
+from ..training.evaluation import Diverged
 from ..training.loop import Trainer, TrainingConfig, classify
+from .base import EpochLog, SearchResult
+from .cost import expected_cost, operation_costs, training_multiply_adds
 
 # %% ../../nbs/search/04_differentiable.ipynb #a15ad20b
 @dataclass(frozen=True)
 class SearchConfig:
-    "The supergraph and how its connection weights are trained."
-    levels: int = option(4, "levels m of the supergraph; each has one node a dimension and type", minimum=1)
-    width: int = option(64, "channels d inside the supergraph and the cells derived from it", minimum=1)
-    connections: str = option("shared", "one set of connection weights for all sites, or one for each",
-                              choices=("shared", "per-site"))
-    parameterisation: str = option("softmax", "connection weights are used through a softmax, or as they are",
-                                   choices=("softmax", "free"))
-    activations: str = option("mixture", "a node's activation is fixed by its type, or a learnable mixture of all four",
-                              choices=("fixed", "mixture"))
-    keys: str = option("all", "dot-products compare with all positions, or with keys and values max-pooled 2x2x2 (cheaper)",
-                       choices=("all", "pooled"))
-    cost_weight: float = option(0.0, "weight in the loss of a site's expected multiply-adds, in units of its dearest operation",
-                                minimum=0)
-    connection_learning_rate: float = option(2e-2, "peak learning rate of the connection weights", minimum=0)
+    "The options of the differentiable search: the supergraph, and how it is trained."
+    method: str = option("differentiable", "how cells are searched", choices=("differentiable",))
+    levels: int = option(4, "levels m of the supergraph, each with one of every node", minimum=1)
+    width: int = option(64, "channels d inside the supergraph and the cells derived from it",
+                        minimum=1)
+    connections: str = option("shared", "one set of connection weights for all sites, or one for "
+                              "each", choices=("shared", "per-site"))
+    parameterisation: str = option("softmax", "connection weights are used through a softmax, or "
+                                   "as they are", choices=("softmax", "free"))
+    activations: str = option("mixture", "a node's activation is fixed by its type, or a learnable "
+                              "mixture of all four", choices=("fixed", "mixture"))
+    keys: str = option("all", "dot-products compare with all positions, or with keys and values "
+                       "max-pooled 2x2x2 (cheaper)", choices=("all", "pooled"))
+    cost_weight: float = option(0.0, "weight in the loss of a site's expected multiply-adds, in "
+                                "units of its dearest operation", minimum=0)
+    connection_learning_rate: float = option(2e-2, "peak learning rate of the connection weights",
+                                             minimum=0)
+    nodes: tuple = option(TALK, "names of the nodes of a level, such as \"spatial map-based\"")
 
-    def __post_init__(self): check(self)
+    def __post_init__(self):
+        object.__setattr__(self, "nodes", tuple(self.nodes))
+        check(self)
+        level_nodes(self.nodes, self.activations)
 
 # %% ../../nbs/search/04_differentiable.ipynb #9732e047
-def insert_supergraphs(model: nn.Module, config: SearchConfig, sites=None, example=None) -> nn.Module:
-    "Insert a (fused) supergraph at each site, their connection weights shared or not as `config` says."
-    nodes = level_nodes(activations=config.activations)
+def insert_supergraphs(model: nn.Module, config: SearchConfig, sites=None,
+                       example=None) -> nn.Module:
+    """Insert a fused supergraph at each site, in place.
 
-    def connections(): return ConnectionWeights(config.levels, len(nodes), config.parameterisation, config.activations)
+    model: the network.
+    config: the supergraphs, and whether they share their connection weights.
+    sites: names of modules; default: `model.default_sites`.
+    example: the shape of an input; default: what the network says.
+    Returns: `model`.
+    Raises: AttnnasError for an unknown site.
+    """
+    nodes = level_nodes(config.nodes, config.activations)
+
+    def connections() -> ConnectionWeights:
+        return ConnectionWeights(config.levels, len(nodes), config.parameterisation,
+                                 config.activations)
 
     shared = connections() if config.connections == "shared" else None
-    return insert(model, lambda channels: FusedSupergraph(
-        channels, config.width, config.levels, connections=shared or connections(), activations=config.activations,
-        pool_keys=config.keys == "pooled"), sites, example)
 
+    def supergraph(channels: int) -> FusedSupergraph:
+        return FusedSupergraph(channels, config.width, config.levels, operations=nodes,
+                               connections=shared or connections(),
+                               activations=config.activations, pool_keys=config.keys == "pooled")
 
+    return insert(model, supergraph, sites, example)
+
+# %% ../../nbs/search/04_differentiable.ipynb #b5dd2a64
 def supergraphs(model: nn.Module) -> dict:
-    "The supergraphs in `model` by site."
-    return {site: module for site, module in inserted(model).items() if isinstance(module, Supergraph)}
+    "Return the supergraphs in `model` by site."
+    found = inserted(model).items()
+    return {site: module for site, module in found if isinstance(module, Supergraph)}
 
 
 def connection_parameters(model: nn.Module) -> list:
-    "The parameters that choose connections and activations: each once, though sites may share them."
-    found = [parameter for s in supergraphs(model).values() for parameter in s.connections.parameters()]
-    return list({id(parameter): parameter for parameter in found}.values())
+    "Return the parameters that choose connections and activations, shared ones once."
+    found = {}
+    for supergraph in supergraphs(model).values():
+        found |= {id(parameter): parameter for parameter in supergraph.connections.parameters()}
+    return list(found.values())
 
 
 def connection_snapshot(model: nn.Module) -> dict:
-    "The connection weights in use, as nested lists by site."
-    def plain(tensor): return None if tensor is None else tensor.tolist()
-
-    return {site: {"level": plain(c.level_weights()), "sink": plain(c.sink_weights()), "activation": plain(c.activation_weights())}
-            for site, c in ((site, s.connections) for site, s in supergraphs(model).items())}
+    "Return the connection weights in use, as nested lists by site; see `EpochLog`."
+    snapshot = {}
+    for site, supergraph in supergraphs(model).items():
+        weights = supergraph.connections
+        activation = weights.activation_weights()
+        snapshot[site] = {"level": weights.level_weights().tolist(),
+                          "sink": weights.sink_weights().tolist(),
+                          "activation": None if activation is None else activation.tolist()}
+    return snapshot
 
 # %% ../../nbs/search/04_differentiable.ipynb #bde7e8b7
+def _fixed_activations(supergraph: Supergraph) -> torch.Tensor:
+    "Activation weights (n, 4) of nodes whose activations are decided: one-hot."
+    numbers = [ACTIVATIONS.index(node.activation) for node in supergraph.nodes]
+    return F.one_hot(torch.tensor(numbers), len(ACTIVATIONS))
+
+
 def cost_of(model: nn.Module, example) -> Callable:
-    "A function without arguments: the expected cost of `model`'s supergraphs on clips of shape `example`, summed over sites."
-    shapes, found = site_shapes(model, example), supergraphs(model)
-    fixed = {site: F.one_hot(torch.tensor([ACTIVATIONS.index(node.activation) for node in s.nodes]), len(ACTIVATIONS))
-             for site, s in found.items() if s.activations == "fixed"}
+    """Make a function that computes the expected cost of `model`'s supergraphs.
+
+    model: a network with supergraphs.
+    example: the shape of a clip, (1, C, T, H, W).
+    Returns: a function without arguments; it gives the cost summed over sites, with gradients.
+    """
+    shapes = site_shapes(model, example)
+    found = supergraphs(model)
+    fixed = {site: _fixed_activations(s) for site, s in found.items() if s.activations == "fixed"}
     costs = {site: operation_costs(s.nodes, s.width, shapes[site][2:]) for site, s in found.items()}
 
     def cost() -> torch.Tensor:
         total = 0
-        for site, s in found.items():
-            c, device = s.connections, s.connections.sink.device
-            activation = fixed[site].to(device).expand(s.levels, -1, -1) if site in fixed else c.activation_weights()
-            total = total + expected_cost(c.level_weights(), c.sink_weights(), activation, costs[site].to(device))
+        for site, supergraph in found.items():
+            weights = supergraph.connections
+            device = weights.sink.device
+            activation = weights.activation_weights()
+            if site in fixed: activation = fixed[site].to(device).expand(supergraph.levels, -1, -1)
+            total = total + expected_cost(weights.level_weights(), weights.sink_weights(),
+                                          activation, costs[site].to(device))
         return total
 
     return cost
 
 
 def search_loss(model: nn.Module, example, cost_weight: float) -> Callable:
-    "The loss of a search, as a Trainer takes it: cross-entropy + cost_weight * expected cost on clips of shape `example`."
+    """Make the loss of a search, as a Trainer takes it.
+
+    model, example: as for `cost_of`.
+    cost_weight: the loss is cross-entropy + cost_weight * expected cost.
+    Returns: loss(model, video, labels).
+    """
     if not cost_weight: return classify
     cost = cost_of(model, example)
 
@@ -110,80 +157,67 @@ def search_loss(model: nn.Module, example, cost_weight: float) -> Callable:
     return loss
 
 # %% ../../nbs/search/04_differentiable.ipynb #6db59465
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search leaves: connection weights by site and by epoch, and the metrics of its training.
+def _clip_shape(clips) -> tuple:
+    return 1, *clips.batch(torch.zeros(1, dtype=torch.long)).shape[1:]
 
-    `history[epoch]["connections"][site]` holds `level` (m-1, n, n), `sink` (m, n) and `activation`
-    (m, n, 4) or None, as they were used at the end of that epoch. `seconds` (wall, cpu) and `multiply_adds` are
-    those of the whole search; `provenance` says what source, data and versions made it. What a black-box search's
-    result has under the same names means the same.
+
+def search_trainer(model: nn.Module, clips, search: SearchConfig, training: TrainingConfig,
+                   **options) -> Trainer:
+    """Make a Trainer that gives connection weights their own rate and logs them.
+
+    model: a network that has its supergraphs.
+    clips: the training clips.
+    search: the options of the search.
+    training: the options of the training.
+    options: the other arguments of `Trainer`.
     """
-    config: SearchConfig
-    history: list
-    seconds: dict
-    seed: int = 0
-    multiply_adds: int = 0
-    provenance: dict = field(default_factory=dict)
+    own_rates = [(connection_parameters(model), search.connection_learning_rate)]
+    loss = search_loss(model, _clip_shape(clips), search.cost_weight)
 
-    method = "differentiable"
+    def observe(model) -> dict:
+        return {"connections": connection_snapshot(model)}
 
-    @property
-    def settings(self) -> dict:
-        "The fields of `config`."
-        return asdict(self.config)
+    return Trainer(model, clips, training, own_rates=own_rates, loss=loss, observe=observe,
+                   **options)
 
-    @property
-    def best(self) -> CellSpec:
-        "The cell of the first site, derived with the default alpha and beta."
-        return self.derive().cell
 
-    @property
-    def trajectory(self) -> list[dict]:
-        "After each epoch: its number, multiply_adds so far, the supergraph's accuracies in percent; `best` is the validation one."
-        return [{"epoch": e["epoch"], "multiply_adds": self.multiply_adds * number // len(self.history), "top1": e["top1"],
-                 "best": e.get("validation", {}).get("top1")} for number, e in enumerate(self.history, 1)]
+def result_of(search: SearchConfig, epochs, seed: int, seconds: dict, multiply_adds: int,
+              provenance: dict) -> SearchResult:
+    """Make the result of a differentiable search.
 
-    @property
-    def sites(self) -> list: return list(self.history[-1]["connections"])
-
-    def derive(self, alpha: int = 3, beta: int = 2, site: str | None = None, epoch: int = -1) -> Derivation:
-        """The cell of `site` (default: the first; all are one where weights are shared) after `epoch`.
-
-        Raises: AttnnasError for an unknown site, and for alpha or beta out of range.
-        """
-        site = choose(site, self.sites, "site") if site else self.sites[0]
-        weights = self.history[epoch]["connections"][site]
-        sink = torch.tensor(weights["sink"])
-        level = torch.tensor(weights["level"]).view(len(sink) - 1, sink.shape[1], sink.shape[1])
-        activation = weights["activation"] and torch.tensor(weights["activation"])
-        return derive(level, sink, level_nodes(activations=self.config.activations), alpha, beta, self.config.width, activation)
-
-    def cells(self, alpha: int = 3, beta: int = 2) -> dict:
-        "The derived CellSpec of every site."
-        return {site: self.derive(alpha, beta, site).cell for site in self.sites}
-
-# %% ../../nbs/search/04_differentiable.ipynb #c8653607
-def search_trainer(model: nn.Module, clips, search: SearchConfig, training: TrainingConfig, **options) -> Trainer:
-    "A Trainer for a `model` that has its supergraphs: their connection weights have their own rate and are logged."
-    example = (1, *clips.batch(torch.zeros(1, dtype=torch.long)).shape[1:])
-    return Trainer(model, clips, training, own_rates=[(connection_parameters(model), search.connection_learning_rate)],
-                   loss=search_loss(model, example, search.cost_weight),
-                   observe=lambda model: {"connections": connection_snapshot(model)}, **options)
+    search: the options of the search.
+    epochs: what its Trainer has logged.
+    seed, provenance: as SearchResult has them.
+    seconds, multiply_adds: as EpochLog has them.
+    """
+    log = EpochLog(tuple(epochs), search.nodes, search.activations, search.width, seconds,
+                   multiply_adds)
+    return SearchResult(search.method, to_plain(search), seed, log, provenance)
 
 
 def differentiable(model: nn.Module, clips, search: SearchConfig = SearchConfig(),
-                   training: TrainingConfig = TrainingConfig(), sites=None, **options) -> SearchResult:
-    """Search cells for `sites` of `model` on `clips`; `options` are those of `Trainer`.
+                   training: TrainingConfig = TrainingConfig(), sites=None,
+                   **options) -> SearchResult:
+    """Search cells for `sites` of `model` by gradient descent.
 
-    The model is left with its trained supergraphs. Raises: AttnnasError for an unknown site, or where
-    the training diverged.
+    model: the network; it is left with its trained supergraphs.
+    clips: the training clips.
+    search: the options of the search.
+    training: the options of the training.
+    sites: names of modules; default: `model.default_sites`.
+    options: the other arguments of `Trainer`.
+    Returns: the result, whose log holds the connection weights.
+    Raises: AttnnasError for an unknown site; Diverged where the training diverged.
+    Source: talk, "Differentiable search".
     """
     insert_supergraphs(model, search, sites)
     trainer = search_trainer(model, clips, search, training, **options)
-    history = trainer.fit()
-    if trainer.diverged: raise AttnnasError(f"The search diverged: {trainer.diverged}. Lower the learning rate.")
-    forward = count_flops(model, (1, *clips.batch(torch.zeros(1, dtype=torch.long)).shape[1:])) // 2
-    cost = training_multiply_adds(forward, len(history) * len(clips), len(history) * len(trainer.validation or ()))
-    provenance = {"source": source_hash("search.differentiable"), "data": clips.fingerprint, "versions": versions()}
-    return SearchResult(search, history, trainer.seconds, trainer.seed, cost, provenance)
+    epochs = trainer.fit()
+    if trainer.diverged:
+        raise Diverged(f"The search diverged: {trainer.diverged}. Lower the learning rate.")
+    forward = count_flops(model, _clip_shape(clips)) // 2
+    validated = len(epochs) * len(trainer.validation or ())
+    cost = training_multiply_adds(forward, len(epochs) * len(clips), validated)
+    provenance = {"source": source_hash("search.differentiable"), "data": clips.fingerprint,
+                  "versions": versions()}
+    return result_of(search, epochs, trainer.seed, trainer.seconds, cost, provenance)

@@ -12,27 +12,35 @@ from dataclasses import dataclass
 import torch
 
 from ..core.errors import AttnnasError
-from .differentiable import SearchResult
+from .base import EpochLog, SearchResult
 
 # %% ../../nbs/search/09_health.ipynb #944c316f
 def entropy(weights) -> float:
-    "Mean over rows of the entropy of |weights| (..., n), each row's divided by its sum, as a share of log n: 0 to 1."
+    """Compute how evenly weights are spread.
+
+    weights: (..., n); the magnitudes in each row are divided by their sum.
+    Returns: the mean over rows of the entropy, as a share of log n: 0 to 1.
+    """
     w = torch.as_tensor(weights, dtype=torch.float64).abs()
     if w.shape[-1] < 2: return 0.0
     w = w / w.sum(-1, keepdim=True)
     return (-torch.xlogy(w, w).sum(-1) / math.log(w.shape[-1])).mean().item()
 
 # %% ../../nbs/search/09_health.ipynb #3dbee95a
-COLLAPSED, UNDECIDED = 0.3, 0.02
+COLLAPSED = 0.3   # entropy of the sink weights below which a search has collapsed
+UNDECIDED = 0.02  # lead of the last output kept, below which it is undecided
 
 
 @dataclass(frozen=True)
 class Health:
     """What the log of a search says of its derivation.
 
-    entropies: site -> one {"sink", "level", "activation"} an epoch, each 0..1 (None where there is nothing to choose).
-    stability: site -> mean share of the outputs kept in each of the last epochs that are kept at the end, 0..1.
-    margins: site -> (last output kept - first left out) / last output kept. alarms: sentences, none if all is well.
+    entropies: {site: one {"sink", "level", "activation"} an epoch}, each from 0 to 1, or None where
+        there is nothing to choose.
+    stability: {site: share of the outputs kept in each of the last epochs that are kept at the end,
+        their mean, from 0 to 1}.
+    margins: {site: (last output kept - first left out) / last output kept}.
+    alarms: sentences; none if all is well.
     """
     entropies: dict
     stability: dict
@@ -40,36 +48,75 @@ class Health:
     alarms: tuple[str, ...]
 
     def __str__(self):
-        rows = [f"{site}: entropy of w_sink {found[-1]['sink']:.2f}, stability {self.stability[site]:.2f}, margin {self.margins[site]:.3f}"
-                for site, found in self.entropies.items()]
-        return "\n".join([*rows, *(self.alarms or ["no alarm"])])
+        lines = []
+        for site, found in self.entropies.items():
+            lines.append(f"{site}: entropy of w_sink {found[-1]['sink']:.2f}, "
+                         f"stability {self.stability[site]:.2f}, margin {self.margins[site]:.3f}")
+        return "\n".join([*lines, *(self.alarms or ["no alarm"])])
 
 # %% ../../nbs/search/09_health.ipynb #f41069ae
 def health(found: SearchResult, alpha: int = 3, beta: int = 2, last: int = 3) -> Health:
-    """The health of the cells that `found` derives with `alpha` and `beta`; `last`: epochs that must agree.
+    """Examine the cells that a differentiable search derives.
 
-    Raises: AttnnasError as SearchResult.derive, and for a search without epochs.
+    found: the result of the search.
+    alpha, beta: how the cells are derived.
+    last: epochs that must agree.
+    Returns: the Health of every site.
+    Raises: AttnnasError for a search of another method, and for one without epochs.
     """
-    if not found.history: raise AttnnasError("The search has no history: it was stopped before the end of its first epoch.")
-    entropies, stability, margins, alarms = {}, {}, {}, []
-    for site in found.sites:
-        logged = [epoch["connections"][site] for epoch in found.history]
-        entropies[site] = [{"sink": entropy(torch.tensor(w["sink"]).flatten()), "level": entropy(w["level"]) if w["level"] else None,
-                            "activation": entropy(w["activation"]) if w["activation"] else None} for w in logged]
-        kept = [_outputs(w["sink"], alpha) for w in logged]
-        before = kept[-1 - last:-1]
-        stability[site] = sum(len(k & kept[-1]) for k in before) / (alpha * len(before)) if before else 1.0
-        ranked = torch.tensor(logged[-1]["sink"]).flatten().sort(descending=True).values
-        margins[site] = ((ranked[alpha - 1] - ranked[alpha]) / ranked[alpha - 1].abs()).item() if alpha < len(ranked) else 1.0
+    if not isinstance(found.log, EpochLog):
+        raise AttnnasError(f"A {found.method} search has trials and no connection weights. "
+                           "Give the result of a differentiable search.")
+    entropies = {}
+    stability = {}
+    margins = {}
+    alarms = []
+    for site in found.log.sites:
+        logged = [epoch["connections"][site] for epoch in found.log.epochs]
+        entropies[site] = [_entropies(weights) for weights in logged]
+        kept = [_outputs(weights["sink"], alpha) for weights in logged]
+        stability[site] = _stability(kept, alpha, last)
+        margins[site] = _margin(logged[-1]["sink"], alpha)
         alarms += _alarms(site, entropies[site][-1]["sink"], margins[site], stability[site], last)
     return Health(entropies, stability, margins, tuple(alarms))
 
 
+def _entropies(weights: dict) -> dict:
+    level = weights["level"]
+    activation = weights["activation"]
+    return {"sink": entropy(torch.tensor(weights["sink"]).flatten()),
+            "level": entropy(level) if level else None,
+            "activation": entropy(activation) if activation else None}
+
+
 def _outputs(sink, alpha: int) -> set:
-    return set(torch.tensor(sink).flatten().argsort(descending=True, stable=True)[:alpha].tolist())
+    "The numbers of the `alpha` nodes that weigh most."
+    order = torch.tensor(sink).flatten().argsort(descending=True, stable=True)
+    return set(order[:alpha].tolist())
+
+
+def _stability(kept: list[set], alpha: int, last: int) -> float:
+    "Mean share of the outputs that were kept before, in `last` epochs, and are kept at the end."
+    end = kept[-1]
+    before = kept[-1 - last:-1]
+    if not before: return 1.0
+    return sum(len(outputs & end) for outputs in before) / (alpha * len(before))
+
+
+def _margin(sink, alpha: int) -> float:
+    "How far the last output kept is above the first left out, as a share of the former."
+    ranked = torch.tensor(sink).flatten().sort(descending=True).values
+    if alpha >= len(ranked): return 1.0
+    return ((ranked[alpha - 1] - ranked[alpha]) / ranked[alpha - 1].abs()).item()
 
 
 def _alarms(site, sink_entropy, margin, stability, last):
-    if sink_entropy < COLLAPSED: yield f"{site}: collapsed, the entropy of w_sink is {sink_entropy:.2f} (below {COLLAPSED})."
-    if margin < UNDECIDED: yield f"{site}: undecided, the last output kept leads by {100 * margin:.1f} % (below {100 * UNDECIDED:.0f} %)."
-    if stability < 1: yield f"{site}: unstable, {100 * stability:.0f} % of the outputs were kept in the last {last} epochs."
+    if sink_entropy < COLLAPSED:
+        yield (f"{site}: collapsed, the entropy of w_sink is {sink_entropy:.2f} "
+               f"(below {COLLAPSED}).")
+    if margin < UNDECIDED:
+        yield (f"{site}: undecided, the last output kept leads by {100 * margin:.1f} % "
+               f"(below {100 * UNDECIDED:.0f} %).")
+    if stability < 1:
+        yield (f"{site}: unstable, {100 * stability:.0f} % of the outputs were kept in the last "
+               f"{last} epochs.")

@@ -19,7 +19,7 @@ from ..core.hashes import content_hash
 from ..core.seeds import generator
 from ..data.clips import Clips
 from ..data.synthetic import SPLITS
-from ..cells.operations.base import DIMENSIONS, TYPES
+from ..cells.supergraph import TALK
 
 # %% ../../nbs/search/10_planted.ipynb #97742941
 FRAMES, SIDE, FACES, BLOCK = 16, 4, 4, 256
@@ -73,8 +73,9 @@ def _relation(draw: torch.Generator) -> tuple[Tensor, Tensor]:
 
 # %% ../../nbs/search/10_planted.ipynb #03d0ebcc
 TASKS = {"place": _place, "moment": _moment, "relation": _relation}
-PLANTED = {"place": tuple(("spatial", t) for t in TYPES), "moment": tuple(("temporal", t) for t in TYPES),
-           "relation": (("temporal", "dot-product"),)}
+PLANTED = {"place": ("spatial map-based", "spatial dot-product"),
+           "moment": ("temporal map-based", "temporal dot-product"),
+           "relation": ("temporal dot-product",)}
 
 # %% ../../nbs/search/10_planted.ipynb #26e3c9fc
 COLOURS = {"blue": (0, 114, 178), "yellow": (240, 228, 66), "orange": (213, 94, 0), "pink": (204, 121, 167)}
@@ -140,14 +141,18 @@ class PatchNet(Backbone):
     def scores(self, x: Tensor) -> Tensor: return self.head(self.cells(x).mean((2, 3, 4)))
 
 # %% ../../nbs/search/10_planted.ipynb #0e2771ef
-def planted_ranks(task: str, sink) -> list[int]:
-    """Ranks, from 1, of the planted nodes by sink weight (levels, 6), in the order of `TALK`.
+def planted_ranks(task: str, sink, nodes=TALK) -> list[int]:
+    """Rank the planted nodes by sink weight.
 
+    task: "place", "moment" or "relation".
+    sink: sink weights (levels, n).
+    nodes: the names of a level's n nodes.
+    Returns: the ranks of all planted nodes, from 1 for the greatest weight.
     Raises: AttnnasError for an unknown task.
     """
     planted = choose(task, PLANTED, "task")
     sink = torch.as_tensor(sink)
-    right = torch.tensor([(d, t) in planted for d in DIMENSIONS for t in TYPES]).expand_as(sink).flatten()
+    right = torch.tensor([node in planted for node in nodes]).expand_as(sink).flatten()
     order = sink.flatten().argsort(descending=True, stable=True)
     return [rank for rank, node in enumerate(order.tolist(), 1) if right[node]]
 
