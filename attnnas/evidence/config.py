@@ -25,6 +25,7 @@ from .sources import Generated, Source, source_of
 from ..networks.registry import create_model
 from ..networks.weights import imagenet_weights, inflate
 from ..search.differentiable import SearchConfig
+from ..search.methods import METHODS, search_config
 from ..training.loop import TrainingConfig
 
 # %% ../../nbs/evidence/03_config.ipynb #fe274902
@@ -172,14 +173,15 @@ class Tier:
         data: the name of its source of clips.
         insertion: its kind, such as "none", "non-local", "derived" or "search".
         source: the search whose cell is derived.
-        search: {field: value} of the search that differ from the tier's.
+        search: {option: value} of the search that differ from the tier's; "method" names the method. Of the tier's
+            own, those count that the method has.
         fields: those of the network and of the insertion that differ from the tier's.
         """
         own = self.overrides.get(data, {})
         training = self.training | own.get("training", {})
         if insertion == Search.kind: training = training | self.search_training
         network = {"backbone": backbone} | self.model | own.get("model", {}) | fields
-        settings = from_fields(SearchConfig, self.search | (search or {}))
+        settings = self._search(search or {})
         made = {"sites": fields.get("sites", ())} | _settings_of(insertion, source, settings, fields)
         if insertion == Insertion.kind: made = {}
         return RunConfig(data=source_of({"name": data} | self.data | own.get("data", {})),
@@ -187,14 +189,22 @@ class Tier:
                          insertion=choose(insertion, KINDS, "insertion")(**made),
                          training=from_fields(TrainingConfig, training), seed=seed)
 
+    def _search(self, given: dict):
+        "The options of a search: the tier's, as far as its method has them, and those given."
+        method = choose(given.get("method", "differentiable"), METHODS, "search method")
+        own = {field.name for field in dataclasses.fields(method.options)}
+        tier = {name: value for name, value in self.search.items() if name in own}
+        return search_config(tier | given)
 
-def _settings_of(kind: str, source, search: SearchConfig, fields: dict) -> dict:
+
+def _settings_of(kind: str, source, search, fields: dict) -> dict:
     "What an insertion of that kind is made with."
     derivation = {name: fields[name] for name in ("alpha", "beta") if name in fields}
-    drawn = {name: getattr(search, name) for name in ("levels", "width", "activations")}
+    if kind == RandomCell.kind:
+        drawn = {name: getattr(search, name) for name in ("levels", "width", "activations")}
+        return drawn | derivation
     return {Search.kind: {"search": search}, GivenCell.kind: {"cell": fields.get("cell")},
-            DerivedCell.kind: {"search": source} | derivation,
-            RandomCell.kind: drawn | derivation}.get(kind, {})
+            DerivedCell.kind: {"search": source} | derivation}.get(kind, {})
 
 
 def _own(cls, values: dict, other):

@@ -20,6 +20,8 @@ from ..networks.insertion import insert
 from ..networks.non_local import NonLocalBlock
 from ..search.base import SearchResult
 from ..search.differentiable import SearchConfig, insert_supergraphs
+from ..search.methods import search_config
+from ..search.study import BlackBoxConfig
 
 # %% ../../nbs/evidence/02_insertions.ipynb #3807811d
 @dataclass(frozen=True)
@@ -162,10 +164,23 @@ class DerivedCell(Insertion):
 # %% ../../nbs/evidence/02_insertions.ipynb #fc7eaa88
 @dataclass(frozen=True)
 class Search(Insertion):
-    "A search for the cell: supergraphs at every site."
+    "A search for the cell, by any method."
     kind: ClassVar[str] = "search"
-    search: SearchConfig = option(SearchConfig(), "the method and its settings")
+    search: SearchConfig | BlackBoxConfig = option(SearchConfig(), "the method and its settings")
     sites: tuple = option((), SITES)
+
+    def __post_init__(self):
+        if isinstance(self.search, (SearchConfig, BlackBoxConfig)): return
+        raise AttnnasError(f"The search is {self.search!r}; give the options of a method, such as "
+                           "SearchConfig(levels=2).")
+
+    @property
+    def label(self) -> str: return f"search ({self.search.method})"
+
+    @property
+    def tries_cells(self) -> bool:
+        "Whether the method trains one cell after another."
+        return isinstance(self.search, BlackBoxConfig)
 
     def build(self, model: nn.Module, cells: dict) -> nn.Module:
         return insert_supergraphs(model, self.search, self.places(model))
@@ -174,7 +189,7 @@ class Search(Insertion):
 
     @classmethod
     def from_dict(cls, values, read_run):
-        return from_fields(cls, values | {"search": from_fields(SearchConfig, values["search"])})
+        return from_fields(cls, values | {"search": search_config(values["search"])})
 
 # %% ../../nbs/evidence/02_insertions.ipynb #a0d61378
 KINDS = {cls.kind: cls for cls in (Insertion, NonLocal, GivenCell, RandomCell, DerivedCell, Search)}

@@ -9,6 +9,7 @@ __all__ = ['NothingFound', 'search_result', 'key_of', 'run', 'load_model']
 import datetime
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import safetensors.torch
 import torch
@@ -19,12 +20,15 @@ from ..core.devices import device_name, peak_memory, pick_device, versions
 from ..core.errors import AttnnasError
 from ..core.files import write_atomic
 from ..core.seeds import stream_seed
-from .config import RunConfig
+from .config import Built, RunConfig
+from .insertions import GivenCell
 from .store import RunRecord, Store, package_source, run_key
 from ..networks.profile import count_flops
 from ..search.cost import training_multiply_adds
-from ..search.base import SearchResult
+from ..search.base import EVERY_SITE, SearchResult, Trial, TrialLog
 from ..search.differentiable import result_of, search_trainer
+from ..search.methods import black_box
+from ..training.evaluation import Diverged
 from ..training.loop import Trainer
 from ..training.processes import ALONE, OneProcess
 
@@ -41,16 +45,21 @@ def search_result(record: RunRecord) -> SearchResult:
     if record.status != "finished":
         raise NothingFound(f"There is no cell to derive: the search {record.status} "
                            f"({record.reason}).")
+    config = record.run
+    options = config.insertion.search
+    provenance = {"source": record.source, "data": record.data["fingerprint"],
+                  "versions": record.versions, "device": record.device}
+    if config.insertion.tries_cells:
+        trials = tuple(map(Trial.from_dict, record.history))
+        log = TrialLog(options.space, record.data["fingerprint"], trials,
+                       config.insertion.sites or (EVERY_SITE,))
+        return SearchResult(options.method, options.settings, config.seed, log, provenance)
     clips = record.data
     epochs = len(record.history)
     forward = round(record.gflops * 1e9 / 2)
     trained = epochs * clips["train_clips"]
     cost = training_multiply_adds(forward, trained, epochs * clips.get("validation_clips", 0))
-    provenance = {"source": record.source, "data": clips["fingerprint"],
-                  "versions": record.versions, "device": record.device}
-    config = record.run
-    return result_of(config.insertion.search, record.history, config.seed, record.seconds, cost,
-                        provenance)
+    return result_of(options, record.history, config.seed, record.seconds, cost, provenance)
 
 # %% ../../nbs/evidence/05_run.ipynb #3f1fc070
 def key_of(config: RunConfig) -> str:
@@ -77,7 +86,8 @@ def run(config: RunConfig, store: Store, device: str = "auto", progress: Callabl
         known, *_ = processes.gather(store.get(key) if writes else None)
         if known is None:
             where = processes.device or pick_device(device)
-            known = _make(config, key, found, store, where, progress, processes)
+            make = _try_cells if config.is_search and config.insertion.tries_cells else _make
+            known = make(config, key, found, store, where, progress, processes)
     processes.gather(None)  # what the first one wrote is there for all
     return known
 
@@ -92,7 +102,8 @@ def _make(config: RunConfig, key: str, found, store: Store, device: torch.device
     if not trainer.diverged:
         at_once = config.training.at_once
         test = config.data.test(built.model, data["test"], at_once, device, processes)
-    record = _record(config, key, built, trainer, test, data, device)
+    record = _record(config, key, built, data, device, test=test, reason=trainer.diverged,
+                     history=trainer.history, seconds=trainer.seconds)
     if processes.rank == 0: _keep(record, built.model, store)
     return record
 
@@ -112,18 +123,45 @@ def _train(config: RunConfig, model: nn.Module, data: dict, device, progress, pr
     return trainer
 
 # %% ../../nbs/evidence/05_run.ipynb #60f30cf5
-def _record(config: RunConfig, key: str, built, trainer: Trainer, test: dict | None, data: dict,
-            device) -> RunRecord:
+def _try_cells(config: RunConfig, key: str, found, store: Store, device: torch.device, progress,
+               processes: OneProcess) -> RunRecord:
+    data = config.data.open()
+    if "validation" not in data:
+        raise AttnnasError(f"A {config.insertion.label} chooses on validation clips, and "
+                           f"{config.data.name} has none.")
+    if processes.count > 1:
+        raise AttnnasError(f"A {config.insertion.label} is not shared by processes; use one.")
+    backbone = partial(config.network.create, channels=config.data.channels)
+    journal = store.path(key, "journal.jsonl")
+    result = black_box(config.insertion.search, backbone, data["train"], data["validation"],
+                       config.training, config.insertion.sites, str(device), config.seed, journal,
+                       progress)
+    model = backbone(len(data["train"].classes))
+    try:
+        reason = None
+        best = GivenCell(result.best, config.insertion.sites)
+        best.build(model, best.cells(model, config.seed))
+    except Diverged as error: reason = str(error)
+    record = _record(config, key, Built(model, {}), data, device, test=None, reason=reason,
+                     history=[trial.to_dict() for trial in result.log.trials],
+                     seconds=result.seconds)
+    store.put(record)
+    journal.unlink()
+    return record
+
+# %% ../../nbs/evidence/05_run.ipynb #5abe1aae
+def _record(config: RunConfig, key: str, built: Built, data: dict, device, *, test: dict | None,
+            reason: str | None, history: list, seconds: dict) -> RunRecord:
     source = config.data
     # A search's network is not used after it: its cost is that of a clip in training.
     shape = source.trained_shape if config.is_search else source.tested_shape
     counts = {f"{split}_clips": len(clips) for split, clips in data.items()}
     described = {"fingerprint": source.fingerprint, "classes": data["train"].classes}
     return RunRecord(
-        key=key, config=config.to_dict(), status="diverged" if trainer.diverged else "finished",
-        reason=trainer.diverged, test=test, history=trainer.history,
+        key=key, config=config.to_dict(), status="diverged" if reason else "finished",
+        reason=reason, test=test, history=history,
         parameters=sum(p.numel() for p in built.model.parameters()),
-        gflops=count_flops(built.model, shape) / 1e9, seconds=trainer.seconds,
+        gflops=count_flops(built.model, shape) / 1e9, seconds=seconds,
         peak_memory=peak_memory(device), device=device_name(device),
         threads=torch.get_num_threads(), versions=versions(), data=described | counts,
         source=package_source(), cells={site: cell.to_dict() for site, cell in built.cells.items()},
