@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from ..core.devices import device_name
+from . import data as data_sets
 from ..core.errors import AttnnasError, choose
 from ..core.files import read_json
 from ..networks.registry import builder, create_model, describe_models
@@ -274,6 +275,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("what", help="a genotype file, a record file, or the beginning of a run's key")
     sub.add_argument("--picture", help="also draw the (first) cell into this PNG file")
     command("doctor", _doctor, "Say what is installed, which devices there are, and what each tier lacks.")
+    sub = commands.add_parser("data", help="Prepare data sets of videos and images.", description=data_sets.DESCRIPTION)
+    data_sets.add_commands(sub)
     return top
 
 # %% ../../nbs/cli/01_main.ipynb #b9485a97
