@@ -20,17 +20,20 @@ import torch
 
 from attnnas.cli.data import main
 from attnnas.core.errors import AttnnasError
-from attnnas.data import prepare as preparing
+from attnnas.data import archives
+from attnnas.data.annotations import DATASETS, Listed
+from attnnas.data.archives import locate, unpack
 from attnnas.data.clips import ClipSource
 from attnnas.data.codec import encode
+from attnnas.data.copies import extract_flow, transcode
 from attnnas.data.decode import iterate, probe, read_frames
 from attnnas.data.flow import flows, read_flow
 from attnnas.data.images import (IMAGENETTE, IMAGENETTE_OFFICIAL, Images, image_manifest,
                                  prepare_images, read_image)
+from attnnas.data.journal import for_each
 from attnnas.data.layout import folder_manifest
 from attnnas.data.manifest import Manifest, Row, file_hash, summary_text
-from attnnas.data.prepare import (DATASETS, Listed, examine, extract_flow, for_each, locate,
-                                  prepare, transcode, unpack)
+from attnnas.data.prepare import examine, prepare
 from attnnas.data.unreadable import Unreadable
 from attnnas.data.video import VideoLoader
 from attnnas.data.workers import _opencv_still
@@ -345,7 +348,7 @@ def test_archives_that_cannot_be_unpacked(tmp_path, monkeypatch):
     make("tar.gz", tmp_path / "cut.tar.gz", {"1.bin": os.urandom(99999)})
     (tmp_path / "cut.tar.gz").write_bytes((tmp_path / "cut.tar.gz").read_bytes()[:50000])
     (tmp_path / "a.rar").write_bytes(b"Rar!")
-    monkeypatch.setattr(preparing.shutil, "which", lambda name: None)
+    monkeypatch.setattr(archives.shutil, "which", lambda name: None)
     for name, said in {"cut.tar.gz": "Download it again", "a.rar": "Install bsdtar", "none.zip": "no archive"}.items():
         with pytest.raises(AttnnasError, match=said): unpack(tmp_path / name, tmp_path / "to")
     assert not list((tmp_path / "to").glob(".*unpacked"))
@@ -358,7 +361,7 @@ def test_rar_goes_through_the_program_that_is_there_and_inner_ones_too(tmp_path,
     program.write_text('#!/bin/sh\nfor last; do :; done\nmkdir -p "$last"\ncp "$4.inside/"* "$last"\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(preparing.shutil, "which", lambda name: str(program) if name == "unrar" else None)
+    monkeypatch.setattr(archives.shutil, "which", lambda name: str(program) if name == "unrar" else None)
     for path in ("outer.rar", "outer.rar.inside/wave.rar", "to/wave.rar.inside/w.avi"):
         (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / path).write_bytes(b"Rar!")

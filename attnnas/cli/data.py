@@ -10,10 +10,12 @@ import argparse
 import sys
 
 from ..core.errors import AttnnasError
+from ..data.annotations import DATASETS
+from ..data.copies import extract_flow, transcode
 from ..data.flow import BOUND, METHODS, STORES
 from ..data.images import prepare_images
 from ..data.manifest import Manifest, summary_text
-from ..data.prepare import DATASETS, extract_flow, prepare, transcode
+from ..data.prepare import prepare
 
 # %% ../../nbs/cli/06_data.ipynb #9077f931
 def _show(manifest: Manifest): print(summary_text(manifest.summary()))

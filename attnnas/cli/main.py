@@ -24,8 +24,8 @@ from . import data as data_sets
 from ..core.errors import AttnnasError, choose
 from ..core.files import read_json
 from ..networks.registry import builder, create_model, describe_models
+from ..data.annotations import DATASETS
 from ..data.manifest import Manifest
-from ..data.prepare import DATASETS
 from ..evidence.batch import project_folder, reproduce
 from ..evidence.config import (EMBEDDED, DataConfig, ModelConfig, RunConfig, SearchConfig,
                                      TrainingConfig, load_tier, tiers)

@@ -14,17 +14,22 @@ import torch
 from torch import Tensor
 
 from ..core.errors import AttnnasError
+from .archives import unpack
 from .cutting import ClipConfig
 from .decode import MAX_PIXELS
 from .layout import IMAGES, folder_manifest
 from .manifest import Manifest, Row, file_hash
-from .prepare import examine, unpack
+from .prepare import examine
 from .unreadable import Unreadable, check_file, limited, verify
 from .video import VideoClips
 
 # %% ../../nbs/data/22_images.ipynb #3d1f6115
 def read_image(path, max_pixels: int = MAX_PIXELS) -> Tensor:
-    "The image at `path`: uint8 (3, H, W). Raises: Unreadable with path and reason."
+    """Read the image at `path`: uint8 (3, H, W).
+
+    max_pixels: more are refused.
+    Raises: Unreadable with path and reason.
+    """
     from PIL import Image, ImageOps
     check_file(path)
     try: image = Image.open(path)
@@ -35,63 +40,97 @@ def read_image(path, max_pixels: int = MAX_PIXELS) -> Tensor:
         size = f"{image.width} x {image.height} pixels"
         if image.width * image.height > max_pixels: raise Unreadable(path, "too large", size)
         try: pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-        except Exception as error: raise Unreadable(path, "damaged", error) from None   # plugins of Pillow raise anything
+        except Exception as error:              # plugins of Pillow raise anything
+            raise Unreadable(path, "damaged", error) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 # %% ../../nbs/data/22_images.ipynb #d31e612e
-IMAGENETTE = {"n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player", "n03000684": "chain saw",
-              "n03028079": "church", "n03394916": "French horn", "n03417042": "garbage truck", "n03425413": "gas pump",
-              "n03445777": "golf ball", "n03888257": "parachute"}
-IMAGENETTE_OFFICIAL = {"train": 9_469, "validation": 3_925}       # the release of December 2019, imagenette2
+IMAGENETTE = {
+    "n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player",
+    "n03000684": "chain saw", "n03028079": "church", "n03394916": "French horn",
+    "n03417042": "garbage truck", "n03425413": "gas pump", "n03445777": "golf ball",
+    "n03888257": "parachute"}
+# The release of December 2019, imagenette2.
+IMAGENETTE_OFFICIAL = {"train": 9_469, "validation": 3_925}
 
 
 def image_manifest(folder) -> Manifest:
-    "The manifest, unchecked, of a folder of images; Imagenette is recognised by its class folders and gets its class names."
+    """Make the manifest, unchecked, of a folder of images.
+
+    Imagenette is recognised by its class folders and gets its class names.
+    Raises: AttnnasError where there is no folder, or a class folder without an image.
+    """
     folder = Path(folder)
-    loose = sorted(p.name for p in folder.glob("*") if p.suffix.lower() in IMAGES) if folder.is_dir() else []
-    if loose: return Manifest([Row(name, folder.name, "all") for name in loose], [folder.name], folder, folder.name)
+    name = folder.name
+    loose = sorted(p.name for p in folder.glob("*") if p.suffix.lower() in IMAGES)
+    if loose: return Manifest([Row(file, name, "all") for file in loose], [name], folder, name)
     found = folder_manifest(folder, IMAGES)
     if not set(found.classes) <= set(IMAGENETTE): return found
-    rows = [Row(row.path, IMAGENETTE[row.label], {"val": "validation"}.get(row.split, row.split)) for row in found.rows]
+    renamed = {"val": "validation"}
+    rows = [Row(row.path, IMAGENETTE[row.label], renamed.get(row.split, row.split))
+            for row in found.rows]
     return Manifest(rows, list(IMAGENETTE.values()), folder, "imagenette", IMAGENETTE_OFFICIAL)
 
 
 def look_at_image(path: str, reading, root: Path, full: bool) -> dict:
-    "Fields of a Row for the image at root / path."
+    """Return fields of a Row, and a detail, for the image at root / path.
+
+    reading, full: as of `look_at_video`; an image is always decoded whole.
+    """
     try: high, wide = read_image(root / path).shape[1:]
     except Unreadable as error: return {"status": error.reason, "detail": error.detail}
-    return {"status": "ok", "detail": "", "frames": 1, "height": high, "width": wide, "hash": file_hash(root / path)}
+    return {"status": "ok", "detail": "", "frames": 1, "height": high, "width": wide,
+            "hash": file_hash(root / path)}
 
 
 def prepare_images(folder, out, archives: Iterable = (), **options) -> Manifest:
-    """The examined manifest of a folder of images, into which `archives` are unpacked first; `options` go to `examine`.
+    """Make the examined manifest of a folder of images.
 
+    folder: of the images.
+    out: the .csv to write.
+    archives: unpacked into `folder` first.
+    options: of `examine`.
     Raises: AttnnasError that says where Imagenette is to be had, where there is no folder.
     """
     folder = Path(folder)
     for archive in archives: unpack(archive, folder)
     if not folder.is_dir():
-        raise AttnnasError(f"There is no folder {folder}. Imagenette is to be had as imagenette2-160.tgz, imagenette2-320.tgz or "
-                           "imagenette2.tgz below https://s3.amazonaws.com/fast-ai-imageclas/: give the archive, or its folder.")
-    inner = [p for p in folder.iterdir() if p.is_dir() and (p / "train").is_dir() and (p / "val").is_dir()]
+        raise AttnnasError(f"There is no folder {folder}. Imagenette is to be had as "
+                           "imagenette2-160.tgz, imagenette2-320.tgz or imagenette2.tgz below "
+                           "https://s3.amazonaws.com/fast-ai-imageclas/: give the archive, or its "
+                           "folder.")
+    inner = [p for p in folder.iterdir() if (p / "train").is_dir() and (p / "val").is_dir()]
     found = image_manifest(inner[0] if len(inner) == 1 else folder)
     return examine(found, out, look=look_at_image, backend="pillow", **options)
 
 # %% ../../nbs/data/22_images.ipynb #5a0e59f7
 class Images(VideoClips):
-    """Images of a split, by index or by (epoch, index): a dictionary each, with image: uint8 (3, S, S), label, path, asked,
-    index, unreadable, as in `VideoClips`. manifest: a Manifest, a path of one, or a folder of images.
+    """Images of a split, by index or by (epoch, index): a dictionary each.
 
-    size: S; area, mirror: the training crop; a test shows the middle. Raises: AttnnasError where nothing can be read.
+    The dictionary holds `image`, uint8 (3, S, S), and label, path, asked, index and unreadable, as
+    in `VideoClips`.
+
+    manifest: a Manifest, a path of one, or a folder of images.
+    split: the split.
+    size: S, height and width in pixels.
+    training: random crops and stand-ins; else the middle, and what is lost is left out.
+    area: the smallest share of a picture that a training crop shows.
+    mirror: mirror half of the training images.
+    seed: seed of all that is random.
+    transform: replaces the training transform.
+    workers: processes that decode ahead; 0 decodes here.
+    Raises: AttnnasError where nothing can be read.
     """
-    def __init__(self, manifest, split: str, size: int = 224, *, training: bool, area: float = .25, mirror: bool = True,
-                 seed: int = 0, transform=None, workers: int = 0):
-        if not isinstance(manifest, Manifest) and Path(manifest).is_dir(): manifest = image_manifest(manifest)
+    def __init__(self, manifest, split: str, size: int = 224, *, training: bool,
+                 area: float = .25, mirror: bool = True, seed: int = 0, transform=None,
+                 workers: int = 0):
+        is_folder = not isinstance(manifest, Manifest) and Path(manifest).is_dir()
+        if is_folder: manifest = image_manifest(manifest)
         config = ClipConfig(frames=1, size=size, area=area, mirror=mirror, seed=seed)
         super().__init__(manifest, split, config, training=training, transform=transform,
                          workers=workers)
 
-    def _pictures(self, i: int, at: list, time_limit: float) -> tuple[list, dict]:
+    def _pictures(self, i: int, places: list, time_limit: float) -> tuple[list, dict]:
         from torchvision import tv_tensors
         row = self.rows[i]
         path = self.manifest.path(row)
@@ -100,7 +139,8 @@ class Images(VideoClips):
             if row.hash: verify(path, row.hash)
             return read_image(path)
 
-        return [{"video": tv_tensors.Image(limited(time_limit, path, read)[None])}], {}
+        image = limited(time_limit, path, read)
+        return [{"video": tv_tensors.Image(image[None])}], {}
 
     def __getitem__(self, key) -> dict:
         sample = super().__getitem__(key)
