@@ -93,8 +93,9 @@ def _kinetics_row(row: dict, path: Path, line: int) -> Listed:
 
 # %% ../../nbs/data/17_annotations.ipynb #5afcfb1d
 def moments(folder) -> Listing:
-    """Read trainingSet.csv, validationSet.csv, and moments_categories.txt, which numbers the classes.
+    """Read trainingSet.csv, validationSet.csv, and moments_categories.txt.
 
+    The last one numbers the classes.
     Raises: AttnnasError that names file and line.
     """
     pairs = [line.rsplit(",", 1) for line in _lines(_some(folder, "moments_categories.txt")[0])]

@@ -25,11 +25,12 @@ from .codec import pyav
 
 # %% ../../nbs/data/08_flow.ipynb #e9fea7e9
 def _cv2():
-    "OpenCV with its contributed modules, imported when it is needed."
+    "Return OpenCV with its contributed modules, imported when it is needed."
     try: import cv2
     except ImportError: cv2 = None
     if not hasattr(cv2, "optflow"):
-        raise AttnnasError("Optical flow needs OpenCV with its contributed modules. Install it: pip install attnnas[video]")
+        raise AttnnasError("Optical flow needs OpenCV with its contributed modules. Install it: "
+                           "pip install attnnas[video]")
     return cv2
 
 
@@ -45,32 +46,42 @@ def _dis(**options) -> Callable:
 
 
 def _farneback(**options) -> Callable:
-    settings = dict(pyr_scale=.5, levels=3, winsize=15, iterations=3, poly_n=5, poly_sigma=1.2, flags=0) | options
-    return lambda first, second: _cv2().calcOpticalFlowFarneback(first, second, None, **settings)
+    settings = dict(pyr_scale=.5, levels=3, winsize=15, iterations=3, poly_n=5, poly_sigma=1.2,
+                    flags=0) | options
+    cv2 = _cv2()
+    return lambda first, second: cv2.calcOpticalFlowFarneback(first, second, None, **settings)
 
 
 METHODS = {"tvl1": _tvl1, "dis": _dis, "farneback": _farneback}
 
 # %% ../../nbs/data/08_flow.ipynb #b926f835
 def flows(frames: Iterable[np.ndarray], method: str = "tvl1", **options):
-    """Yield the flow of each of `frames`, in pixels, as float32 (2, H, W): horizontal to the right, vertical downwards.
+    """Yield the flow of each of `frames`, in pixels: float32 (2, H, W), to the right and downwards.
 
-    frames: uint8 (H, W, 3) or grey (H, W), one after the other, so that a video of any length passes through little
-    memory. The last flow is that of the frame before it; a single frame has none and gets zeros. `options` go to OpenCV.
+    The last flow is that of the frame before it; a single frame has none and gets zeros.
+
+    frames: uint8 (H, W, 3) or grey (H, W), one after the other, so that a video of any length
+        passes through little memory.
+    method: a key of METHODS.
+    options: go to OpenCV.
     Raises: AttnnasError for an unknown method, or where OpenCV's contributed modules are missing.
     """
-    estimate, cv2, before, flow = choose(method, METHODS, "flow method")(**options), _cv2(), None, None
+    estimate = choose(method, METHODS, "flow method")(**options)
+    cv2 = _cv2()
+    before = None
+    flow = None
     for frame in frames:
         grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) if frame.ndim == 3 else frame
         if before is not None:
             flow = np.ascontiguousarray(estimate(before, grey).transpose(2, 0, 1))
             yield flow
         before = grey
-    if before is not None: yield np.zeros((2, *before.shape), np.float32) if flow is None else flow.copy()
+    if before is None: return
+    yield np.zeros((2, *before.shape), np.float32) if flow is None else flow.copy()
 
 
 def optical_flow(video: Tensor, method: str = "tvl1", **options) -> Tensor:
-    "The flow of one clip: uint8 (3, T, H, W) -> float32 (2, T, H, W). See `flows`."
+    "Return the flow of one clip: uint8 (3, T, H, W) -> float32 (2, T, H, W). See `flows`."
     frames = video.permute(1, 2, 3, 0).contiguous().cpu().numpy()
     return torch.from_numpy(np.stack(list(flows(frames, method, **options)), axis=1))
 
@@ -79,96 +90,128 @@ BOUND = 20.0
 
 
 def to_bytes(flow: Tensor, bound: float = BOUND) -> Tensor:
-    "Flow in pixels as bytes, any shape: 128 is zero, 1 and 255 are -bound and +bound."
+    "Return flow in pixels as bytes, any shape: 128 is zero, 1 and 255 are -bound and +bound."
     return (flow.clamp(-bound, bound) * (127 / bound)).round().add(128).to(torch.uint8)
 
 
 def from_bytes(data: Tensor, bound: float = BOUND) -> Tensor:
-    "What `to_bytes` stored, in pixels, float32; off by at most bound / 254 where nothing was clipped."
+    """Return what `to_bytes` stored, in pixels, float32.
+
+    It is off by at most bound / 254 where nothing was clipped.
+    """
     return (data.to(torch.float32) - 128) * (bound / 127)
 
 # %% ../../nbs/data/08_flow.ipynb #67eb9311
 STORES = {"lossless": {"qp": "0"}, "small": {"qp": "12"}}
-_RATE, _X264 = 25, {"preset": "veryfast", "g": "16", "bf": "0"}     # a key frame every 16: a clip begins anywhere
+_RATE = 25
+# A key frame every 16 lets a clip begin anywhere.
+_X264 = {"preset": "veryfast", "g": "16", "bf": "0"}
 
 
-def write_flow(path, flows: Iterable, bound: float = BOUND, method: str = "", store: str = "lossless") -> int:
-    """Write flows, each (2, H, W) in pixels, one after the other, to a Matroska file. Returns how many there were.
+def write_flow(path, flows: Iterable, bound: float = BOUND, method: str = "",
+               store: str = "lossless") -> int:
+    """Write flows, one after the other, to a Matroska file, which appears when it is complete.
 
-    The file appears when it is complete. Raises: AttnnasError for an unknown store, no flow at all or a full disk.
+    path: the file.
+    flows: each (2, H, W), in pixels.
+    bound: pixels at which flow is clipped.
+    method: noted in the file.
+    store: a key of STORES.
+    Returns: how many flows there were.
+    Raises: AttnnasError for an unknown store, no flow at all or a full disk.
     """
-    av, options, count = pyav(), choose(store, STORES, "flow store"), 0
+    av = pyav()
+    options = choose(store, STORES, "flow store")
+    header = {"attnnas flow": 1, "bound": bound, "method": method, "store": store}
+    count = 0
 
     def write(temporary):
         nonlocal count
         with av.open(temporary, "w", format="matroska") as container:
-            container.metadata["comment"] = json.dumps({"attnnas flow": 1, "bound": bound, "method": method, "store": store})
+            container.metadata["comment"] = json.dumps(header)
             stream = container.add_stream("libx264", rate=_RATE, options=_X264 | options)
             stream.codec_context.thread_count = 1
             for flow in flows:
                 image = to_bytes(torch.as_tensor(flow), bound).flatten(0, 1).numpy()
-                if count == 0: stream.height, stream.width, stream.pix_fmt = *image.shape, "gray"
+                if count == 0:
+                    stream.height, stream.width = image.shape
+                    stream.pix_fmt = "gray"
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="gray")))
                 count += 1
             if count: container.mux(stream.encode())
-        if not count: raise AttnnasError(f"There is no flow to write to {path}: the video has no frame.")
+        if not count:
+            raise AttnnasError(f"There is no flow to write to {path}: the video has no frame.")
 
     write_atomic(path, write)
     return count
 
 # %% ../../nbs/data/08_flow.ipynb #3165aea6
 def flow_header(container, path) -> dict:
-    "{bound, method, store} of an open flow file. Raises: AttnnasError where it is not one."
+    "Return {bound, method, store} of an open flow file. Raises: AttnnasError where it is none."
     try: header = json.loads({k.lower(): v for k, v in container.metadata.items()}["comment"])
     except (KeyError, ValueError): header = {}
     if not isinstance(header, dict) or header.get("attnnas flow") != 1:
-        raise AttnnasError(f"{path} is not a flow file. Write it with write_flow or `attnnas data flow`.")
+        raise AttnnasError(f"{path} is not a flow file. Write it with write_flow or "
+                           "`attnnas data flow`.")
     return header
 
 
 def _seen(frame) -> np.ndarray:
-    "The bytes (H, W) of a decoded grey frame: its first plane, as it is, whatever the decoder calls its format."
+    "Return the bytes (H, W) of a decoded frame's first plane; decoders call grey by many names."
     plane = frame.planes[0]
-    return np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, :plane.width]
+    lines = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
+    return lines[:, :plane.width]
 
 
 def read_flow(path, pick=range) -> Tensor:
-    """Flows of a file by number, in any order, or those that pick(number of flows) says: float32 (2, T, H, W), pixels.
+    """Read flows of a file by number, in any order: float32 (2, T, H, W), in pixels.
 
-    Raises: AttnnasError that names the file where it is missing, damaged, not a flow file or too short.
+    path: the file.
+    pick: numbers, or a function from the number of flows to numbers.
+    Raises: AttnnasError that names the file where it is missing, damaged, not a flow file or too
+        short.
     """
     av = pyav()
     try:
         with av.open(str(path)) as container:
-            bound, stream = flow_header(container, path)["bound"], container.streams.video[0]
+            bound = flow_header(container, path)["bound"]
+            stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
             held = round(container.duration * _RATE / av.time_base)
             indices = list(pick(held) if callable(pick) else pick)
             if not indices or min(indices) < 0 or max(indices) >= held:
                 raise AttnnasError(f"{path} holds {held} flows; frames {indices} were asked for.")
-            place = lambda k: round(k / (_RATE * stream.time_base))
-            wanted, found = {place(k): k for k in indices}, {}
+            tick = _RATE * stream.time_base
+            wanted = {round(k / tick): k for k in indices}
+            found = {}
             container.seek(min(wanted), stream=stream)
             for frame in container.decode(stream):
                 if frame.pts in wanted: found[wanted[frame.pts]] = _seen(frame).copy()
                 if len(found) == len(wanted): break
     except (av.error.FFmpegError, IndexError) as error:
-        raise AttnnasError(f"{path} could not be read: {getattr(error, 'strerror', None) or 'no video in it'}.") from None
-    if len(found) < len(wanted): raise AttnnasError(f"{path} is damaged: {len(wanted) - len(found)} flows are missing.")
+        said = getattr(error, "strerror", None) or "no video in it"
+        raise AttnnasError(f"{path} could not be read: {said}.") from None
+    missing = len(wanted) - len(found)
+    if missing: raise AttnnasError(f"{path} is damaged: {missing} flows are missing.")
     images = torch.from_numpy(np.stack([found[k] for k in indices]))
     return from_bytes(images.unflatten(1, (2, -1)), bound).transpose(0, 1)
 
 # %% ../../nbs/data/08_flow.ipynb #0077b7f4
 def mirror_flow(flow: Tensor) -> Tensor:
-    "The flow (2, ..., H, W) of the mirrored clip: columns reversed, horizontal component negated."
-    return flow.flip(-1) * torch.tensor([-1., 1.]).reshape(2, *[1] * (flow.ndim - 1))
+    """Return the flow of the mirrored clip: columns reversed, horizontal component negated.
+
+    flow: (2, ..., H, W).
+    """
+    ones = [1] * (flow.ndim - 1)
+    return flow.flip(-1) * torch.tensor([-1., 1.]).reshape(2, *ones)
 
 
 @lru_cache
 def flow_tensor() -> type:
-    """The tensor type of a flow (..., 2, H, W) for transforms of torchvision v2, to stand beside a clip in one dictionary.
+    """Return the tensor type of a flow (..., 2, H, W) for transforms of torchvision v2.
 
-    Mirroring negates, resizing scales the vectors. Raises (when used): AttnnasError for rotations and the like.
+    It stands beside a clip in one dictionary. Mirroring negates, resizing scales the vectors.
+    Raises (when used): AttnnasError for rotations and the like.
     """
     from torchvision import tv_tensors
     from torchvision.transforms.v2 import functional as kernels
@@ -177,7 +220,8 @@ def flow_tensor() -> type:
         "Cropped and padded as a mask is; every other geometric transform is one of those below."
 
     def scaled(flow, before: tuple, after: tuple):
-        factor = torch.tensor([after[1] / before[1], after[0] / before[0]], dtype=flow.dtype, device=flow.device)
+        factor = torch.tensor([after[1] / before[1], after[0] / before[0]], dtype=flow.dtype,
+                              device=flow.device)
         return flow * factor[:, None, None]
 
     def resize(flow, size, *args, **keywords):
@@ -185,19 +229,26 @@ def flow_tensor() -> type:
         return FlowTensor(scaled(done, flow.shape[-2:], done.shape[-2:]))
 
     def resized_crop(flow, top, left, height, width, size, *args, **keywords):
-        done = kernels.resized_crop_image(flow.as_subclass(Tensor), top, left, height, width, size=size, antialias=True)
+        done = kernels.resized_crop_image(flow.as_subclass(Tensor), top, left, height, width,
+                                          size=size, antialias=True)
         return FlowTensor(scaled(done, (height, width), done.shape[-2:]))
 
     def turned(flow, *args, **keywords):
-        raise AttnnasError("This transform would turn or bend optical flow. Use crops, resizing and flips with flow.")
+        raise AttnnasError("This transform would turn or bend optical flow. Use crops, resizing "
+                           "and flips with flow.")
 
-    sign = lambda x, y: torch.tensor([x, y])[:, None, None]
-    register = lambda kernel, own: kernels.register_kernel(kernel, FlowTensor)(own)
-    register(kernels.horizontal_flip, lambda flow: FlowTensor(flow.as_subclass(Tensor).flip(-1) * sign(-1., 1.)))
-    register(kernels.vertical_flip, lambda flow: FlowTensor(flow.as_subclass(Tensor).flip(-2) * sign(1., -1.)))
+    def flipped(flow, axis: int, sign: list):
+        signs = torch.tensor(sign)[:, None, None]
+        return FlowTensor(flow.as_subclass(Tensor).flip(axis) * signs)
+
+    def register(kernel, own): kernels.register_kernel(kernel, FlowTensor)(own)
+
+    register(kernels.horizontal_flip, lambda flow: flipped(flow, -1, [-1., 1.]))
+    register(kernels.vertical_flip, lambda flow: flipped(flow, -2, [1., -1.]))
     register(kernels.resize, resize)
     register(kernels.resized_crop, resized_crop)
-    for kernel in (kernels.rotate, kernels.affine, kernels.perspective, kernels.elastic): register(kernel, turned)
+    for kernel in (kernels.rotate, kernels.affine, kernels.perspective, kernels.elastic):
+        register(kernel, turned)
     return FlowTensor
 
 # %% ../../nbs/data/08_flow.ipynb #96e81d6b
@@ -205,16 +256,25 @@ SMALL = dict(levels=2, winsize=7, iterations=2, poly_n=5, poly_sigma=1.1)
 
 
 def flow_clips(clips: Clips, keep_colours: bool = False, progress: bool = False) -> Clips:
-    """The flow of `clips` as clips: bytes (N, 2, T, H, W) as in `to_bytes`, bound W / 8; or (N, 5, T, H, W), behind the colours.
+    """Return the flow of `clips` as clips: bytes as in `to_bytes`, with the bound W / 8.
 
-    Raises: AttnnasError where OpenCV's contributed modules are missing. Source: method, settings and bound [choice].
+    Source: method, settings and bound [choice].
+
+    clips: N clips of colours.
+    keep_colours: put the flow behind the colours.
+    progress: show a progress bar.
+    Returns: clips (N, 2, T, H, W), or (N, 5, T, H, W) with colours.
+    Raises: AttnnasError where OpenCV's contributed modules are missing.
     """
     from tqdm import tqdm
     size = clips.video.shape[-1]
     method, options = ("farneback", SMALL) if size < 64 else ("dis", {})
-    video = torch.empty(len(clips), 5 if keep_colours else 2, *clips.video.shape[2:], dtype=torch.uint8)
+    channels = 5 if keep_colours else 2
+    video = torch.empty(len(clips), channels, *clips.video.shape[2:], dtype=torch.uint8)
     if keep_colours: video[:, :3] = clips.video
-    for i, clip in enumerate(tqdm(clips.video, disable=not progress, desc="optical flow", leave=False)):
+    bar = tqdm(clips.video, disable=not progress, desc="optical flow", leave=False)
+    for i, clip in enumerate(bar):
         video[i, -2:] = to_bytes(optical_flow(clip, method, **options), size / 8)
+    how = ["flow", method, options, size / 8, keep_colours]
     return dataclasses.replace(clips, video=video.to(clips.video.device),
-                               fingerprint=content_hash([clips.fingerprint, "flow", method, options, size / 8, keep_colours]))
+                               fingerprint=content_hash([clips.fingerprint, *how]))

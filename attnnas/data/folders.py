@@ -36,7 +36,8 @@ def write_video_folder(folder, config: BenchmarkConfig, counts: dict, seed: int 
                        progress: bool = False):
     """Write clips of the embedded benchmark in the layout of a downloaded data set.
 
-    The files are {split}/{class}/{clip}.mp4, {split}.csv and {split}.npz. Equal arguments write equal files.
+    The files are {split}/{class}/{clip}.mp4, {split}.csv and {split}.npz. Equal arguments write
+    equal files.
 
     folder: where to write; made where it is missing.
     config: the benchmark.

@@ -36,8 +36,9 @@ _PULSE = {"A": [0] * 7, "B": [0, 0, 0, 0, 1, -1, 0]}
 
 # %% ../../nbs/data/04_synthetic.ipynb #fc09d139
 def _singles(families) -> dict:
-    "class -> (kind, family, pairs) of the classes of one event, which may come early or late."
-    return {event: ("single", family, [(e, IDLE), (IDLE, e)]) for e, (event, family) in enumerate(families)}
+    "Return {class: (kind, family, pairs)} of the classes of one event, which is early or late."
+    return {event: ("single", family, [(e, IDLE), (IDLE, e)])
+            for e, (event, family) in enumerate(families)}
 
 
 def _two_signs(family: str, label: str, a: int, b: int) -> dict:
@@ -46,18 +47,22 @@ def _two_signs(family: str, label: str, a: int, b: int) -> dict:
 
 
 def _darts(relation: str, cosine: int) -> dict:
-    angle = lambda a, b: round(sum(x * y for x, y in zip(_DIRECTION["B"][a], _DIRECTION["B"][b])))
-    pairs = [(a, b) for a in range(4) for b in range(4) if angle(a, b) == cosine]
+    ways = _DIRECTION["B"]
+
+    def between(a: int, b: int) -> int: return round(sum(x * y for x, y in zip(ways[a], ways[b])))
+
+    pairs = [(a, b) for a in range(4) for b in range(4) if between(a, b) == cosine]
     return {f"darts {relation}": ("relation", "dart", pairs)}
 
 # %% ../../nbs/data/04_synthetic.ipynb #e1c9b2a3
+_MIXED = [pair for a in range(4) for b in (4, 5) for pair in ((a, b), (b, a))]
 CLASS_EVENTS = {
     "A": (_singles(zip(EVENTS["A"], "HHVVSS"))
           | _two_signs("H", "H", 0, 1) | _two_signs("V", "V", 2, 3) | _two_signs("S", "S", 4, 5)),
     "B": (_singles(zip(EVENTS["B"], ["dart"] * 4 + ["pulse"] * 2))
           | _darts("parallel", 1) | _darts("perpendicular", 0) | _darts("antiparallel", -1)
           | _two_signs("pulse", "pulses", 4, 5)
-          | {"dart and pulse": ("pair", "both", [p for a in range(4) for b in (4, 5) for p in ((a, b), (b, a))])})}
+          | {"dart and pulse": ("pair", "both", _MIXED)})}
 
 # %% ../../nbs/data/04_synthetic.ipynb #e65e2725
 _RANGES = dict(frames=(4, 1024), size=(16, 1024), distractors=(0, 16), noise=(0, .5),
@@ -69,9 +74,21 @@ _RANGES = dict(frames=(4, 1024), size=(16, 1024), distractors=(0, 16), noise=(0,
 class BenchmarkConfig:
     """What determines the clips of a data set, apart from split, seed and count.
 
-    Lengths in frame widths, grey values in 0 to 1, noise as a standard deviation. `travel` is the length of a dart,
-    `growth` the ratio of a large to a small radius, `large` the share of statically large objects, `separation` the
-    least distance of the actors. Raises: AttnnasError for a value out of range.
+    Lengths are in frame widths, grey values in 0 to 1.
+
+    name: the data set, a key of EVENTS.
+    frames: T.
+    size: height and width in pixels.
+    distractors: shapes beside the two actors.
+    noise: standard deviation of the pixel noise.
+    radius_min, radius_max: of a small object.
+    texture: contrast of the background.
+    flicker: changes of brightness from frame to frame.
+    travel: length of a dart.
+    growth: ratio of a large to a small radius.
+    large: share of objects that are large from the start.
+    separation: least distance of the actors.
+    Raises: AttnnasError for a value out of range.
     """
     name: str
     frames: int = 16
@@ -90,12 +107,16 @@ class BenchmarkConfig:
     def __post_init__(self):
         choose(self.name, EVENTS, "data set")
         for knob in dataclasses.fields(self)[1:]:
-            value, whole, (low, high) = getattr(self, knob.name), knob.type is int, _RANGES[knob.name]
-            if not (isinstance(value, int if whole else (int, float)) and low <= value <= high):
+            value = getattr(self, knob.name)
+            whole = knob.type is int
+            low, high = _RANGES[knob.name]
+            fits = isinstance(value, int if whole else (int, float)) and low <= value <= high
+            if not fits:
                 raise AttnnasError(f"{knob.name} is {value!r}; "
                                    f"expected a {'whole ' * whole}number from {low} to {high}.")
         if self.radius_min > self.radius_max:
-            raise AttnnasError(f"radius_min {self.radius_min} is above radius_max {self.radius_max}.")
+            raise AttnnasError(f"radius_min {self.radius_min} is above radius_max "
+                               f"{self.radius_max}.")
 
     @property
     def event_frames(self) -> int:
@@ -116,13 +137,21 @@ SPLITS = ("train", "validation", "test")
 
 
 def benchmark(name: str, frames: int = 16, size: int = 32, **overrides) -> BenchmarkConfig:
-    "A data set of BENCHMARKS at any length and size. Raises: AttnnasError for an unknown name, knob or value."
+    """Return a data set of BENCHMARKS at any length and size.
+
+    name: its name.
+    frames: T.
+    size: height and width in pixels.
+    overrides: other fields of BenchmarkConfig.
+    Raises: AttnnasError for an unknown name, knob or value.
+    """
     for knob in overrides: choose(knob, _RANGES, "knob of the benchmark")
-    return dataclasses.replace(choose(name, BENCHMARKS, "data set"), frames=frames, size=size, **overrides)
+    known = choose(name, BENCHMARKS, "data set")
+    return dataclasses.replace(known, frames=frames, size=size, **overrides)
 
 # %% ../../nbs/data/04_synthetic.ipynb #01813408
 def classes(config: BenchmarkConfig) -> list:
-    "Names of the twelve classes; a label is an index into them."
+    "Return the names of the twelve classes; a label is an index into them."
     return list(CLASS_EVENTS[config.name])
 
 # %% ../../nbs/data/04_synthetic.ipynb #871f7a3b
@@ -138,27 +167,32 @@ class _Draw:
         return torch.rand(BLOCK, *shape, generator=self.generator) * (high - low) + low
 
     def below(self, n, *shape) -> Tensor:
-        "Integers in [0, n); `n` may be a tensor."
-        return torch.minimum((torch.rand(BLOCK, *shape, generator=self.generator) * n).long(), torch.as_tensor(n) - 1)
+        "Draw integers in [0, n); `n` may be a tensor."
+        drawn = (torch.rand(BLOCK, *shape, generator=self.generator) * n).long()
+        return torch.minimum(drawn, torch.as_tensor(n) - 1)
 
     def direction(self, *shape) -> Tensor:
-        "Unit vectors (..., 2)."
+        "Draw unit vectors (..., 2)."
         angle = self.uniform(0, 2 * math.pi, *shape).double()
         return torch.stack((angle.cos(), angle.sin()), -1).float()
 
 # %% ../../nbs/data/04_synthetic.ipynb #e5b63eae
 def _draw_events(draw: _Draw, config: BenchmarkConfig) -> dict:
-    "label (n,); of the two actors (n, 2): event, active, start (-1 where idle)."
+    "Draw label (n,); of the two actors (n, 2): event, active, start (-1 where idle)."
     table = [pairs for *_, pairs in CLASS_EVENTS[config.name].values()]
-    label = torch.cat([torch.randperm(len(table), generator=draw.generator) for _ in range(BLOCK // len(table))])
-    longest, count = max(map(len, table)), torch.tensor([len(pairs) for pairs in table])
+    label = torch.cat([torch.randperm(len(table), generator=draw.generator)
+                       for _ in range(BLOCK // len(table))])
+    longest = max(map(len, table))
+    count = torch.tensor([len(pairs) for pairs in table])
     table = torch.tensor([pairs + pairs[:1] * (longest - len(pairs)) for pairs in table])
     event = table[label, draw.below(count[label])]
     late = config.frames - config.event_frames - draw.below(config.starts)
     start = torch.stack((draw.below(config.starts), late), 1)
     swap = draw.below(2)[:, None].bool()
-    event, start = torch.where(swap, event.flip(1), event), torch.where(swap, start.flip(1), start)
-    return dict(label=label, event=event, active=event != IDLE, start=torch.where(event == IDLE, -1, start))
+    event = torch.where(swap, event.flip(1), event)
+    start = torch.where(swap, start.flip(1), start)
+    start = torch.where(event == IDLE, -1, start)
+    return dict(label=label, event=event, active=event != IDLE, start=start)
 
 # %% ../../nbs/data/04_synthetic.ipynb #8808c2e1
 MARGIN = .08      # least distance of a path from the frame's edge
@@ -166,50 +200,65 @@ CANDIDATES = 64   # layouts drawn for a clip; the first whose actors are far eno
 
 
 def _gap(middle: Tensor, path: Tensor) -> Tensor:
-    "Least distance (...) of two actors of which one moves at a time; middle, path (..., 2 actors, 2)."
+    """Return the least distance (...) of two actors of which one moves at a time.
+
+    middle, path: (..., 2 actors, 2).
+    """
     gaps = []
     for a, b in ((0, 1), (1, 0)):
         line = path[..., a, :]
         for end in (-.5, .5):
             to = middle[..., b, :] + end * path[..., b, :] - middle[..., a, :]
-            along = (to * line).sum(-1, keepdim=True) / line.square().sum(-1, keepdim=True).clamp(min=1e-9)
+            length = line.square().sum(-1, keepdim=True).clamp(min=1e-9)
+            along = (to * line).sum(-1, keepdim=True) / length
             gaps.append((to - along.clamp(-.5, .5) * line).square().sum(-1).sqrt())
     return torch.stack(gaps).amin(0)
 
 # %% ../../nbs/data/04_synthetic.ipynb #d4b9a5fc
 def _draw_paths(draw: _Draw, config: BenchmarkConfig, event: Tensor) -> tuple[Tensor, Tensor]:
-    "Middles and displacements (n, 2 actors, 2) of the actors' paths."
+    "Draw middles and displacements (n, 2 actors, 2) of the actors' paths."
     path = config.travel * torch.tensor(_DIRECTION[config.name], dtype=torch.float32)[event]
     edge = (MARGIN + path.abs() / 2)[:, None]
     middle = edge + draw.uniform(0, 1, CANDIDATES, 2, 2) * (1 - 2 * edge)
-    first = _gap(middle, path[:, None].expand_as(middle)).clamp(max=config.separation + 1e-4).argmax(1)
+    gap = _gap(middle, path[:, None].expand_as(middle))
+    first = gap.clamp(max=config.separation + 1e-4).argmax(1)
     return middle[torch.arange(BLOCK), first], path
 
 # %% ../../nbs/data/04_synthetic.ipynb #a5afb373
 def event_frames(config: BenchmarkConfig, factors: dict) -> Tensor:
-    "When each actor's event goes on: bool (N, 2 actors, T)."
+    "Return when each actor's event goes on: bool (N, 2 actors, T)."
     since = torch.arange(config.frames) - factors["start"][..., None]
     return factors["active"][..., None] & (since >= 0) & (since < config.event_frames)
 
 # %% ../../nbs/data/04_synthetic.ipynb #33edad5b
-def _draw_actors(draw: _Draw, config: BenchmarkConfig, event: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    "Positions (n, 2, T, 2), relative radii (n, 2, T) and whether they are statically large (n, 2)."
+def _draw_actors(draw: _Draw, config: BenchmarkConfig, event: Tensor,
+                 start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    "Draw positions (n, 2, T, 2), relative radii (n, 2, T), whether they are always large (n, 2)."
     middle, path = _draw_paths(draw, config, event)
-    grow, pulse = (torch.tensor(table[config.name])[event][..., None] for table in (_GROWTH, _PULSE))
+    grow = torch.tensor(_GROWTH[config.name])[event][..., None]
+    pulse = torch.tensor(_PULSE[config.name])[event][..., None]
     since = torch.arange(config.frames) - start[..., None]
     done = (since / (config.event_frames - 1)).clamp(0, 1)
     bump = ((since + 1) / (config.event_frames + 1)).clamp(0, 1)
     bump = 4 * bump * (1 - bump)
-    extra, less = config.growth - 1, 1 - 1 / config.growth
+    extra = config.growth - 1
+    less = 1 - 1 / config.growth
     radius = 1 + extra * (grow != 0) * torch.where(grow > 0, done, 1 - done)
     radius = radius * (1 + bump * (extra * (pulse > 0) - less * (pulse < 0)))
     large = (draw.uniform(0, 1, 2) < config.large) & (grow[..., 0] == 0)
-    return middle[:, :, None] + path[:, :, None] * (done - .5)[..., None], radius, large
+    position = middle[:, :, None] + path[:, :, None] * (done - .5)[..., None]
+    return position, radius, large
 
 # %% ../../nbs/data/04_synthetic.ipynb #294e01ca
 def _draw_distractors(draw: _Draw, config: BenchmarkConfig) -> dict:
-    "position (n, D, T, 2), flash (n, D, T); large, decoy (1 flash, 2 jitter), decoy_start (n, D); drift (n, D, 2)."
-    count, length, time = config.distractors, config.event_frames, torch.arange(config.frames)
+    """Draw the D distractors of each clip.
+
+    Returns: position (n, D, T, 2), flash (n, D, T); large, decoy (1 flash, 2 jitter) and
+        decoy_start (n, D); drift (n, D, 2).
+    """
+    count = config.distractors
+    length = config.event_frames
+    time = torch.arange(config.frames)
     decoy = draw.below(4, count).sub(1).clamp(min=0)
     start = draw.below(config.frames - length + 1, count)
     since = time - start[..., None]
@@ -220,33 +269,46 @@ def _draw_distractors(draw: _Draw, config: BenchmarkConfig) -> dict:
     position = position + drift[:, :, None] * (time / (config.frames - 1) - .5)[:, None]
     position = position + .04 * draw.direction(count)[:, :, None] * shake[..., None]
     large = draw.uniform(0, 1, count) < config.large
-    return dict(position=position, flash=.4 * inside * (decoy == 1)[..., None], large=large, decoy=decoy,
+    flash = .4 * inside * (decoy == 1)[..., None]
+    return dict(position=position, flash=flash, large=large, decoy=decoy,
                 decoy_start=torch.where(decoy > 0, start, -1), drift=drift)
 
 # %% ../../nbs/data/04_synthetic.ipynb #949828dd
-SHAPES = {"A": ("disk", "square", "diamond", "ring"), "B": ("disk", "cross", "wide bar", "tall bar")}
+SHAPES = {"A": ("disk", "square", "diamond", "ring"),
+          "B": ("disk", "cross", "wide bar", "tall bar")}
 LATTICE = 8       # the value noise repeats after so many cells; a frame is 5 of them wide
 
 
 def _draw_look(draw: _Draw, config: BenchmarkConfig) -> dict:
-    "shape, depth from back to front (n, objects), colour (n, objects, 3), background, the noise's key, flicker (n, T)."
-    count, dark = 2 + config.distractors, config.name == "A"
+    """Draw shape, depth from back to front (n, objects), colour (n, objects, 3), the background.
+
+    The noise's key and the flicker (n, T) are part of it. The order of draws decides the clips.
+    """
+    count = 2 + config.distractors
+    dark = config.name == "A"
     look = dict(shape=draw.below(4, count), depth=draw.uniform(0, 1, count).argsort(1),
-                colour=draw.uniform(.45, .95, count, 3) if dark else draw.uniform(0, .25, count, 3),
+                colour=draw.uniform(*((.45, .95) if dark else (0, .25)), count, 3),
                 pan=draw.direction() * draw.uniform(.05, .2)[:, None],
-                base=draw.uniform(.08, .25, 3) if dark else draw.uniform(.65, .85, 3), tint=draw.uniform(.5, 1, 3))
+                base=draw.uniform(*((.08, .25) if dark else (.65, .85)), 3),
+                tint=draw.uniform(.5, 1, 3))
     if dark: look["lattice"] = draw.uniform(-1, 1, LATTICE, LATTICE)
-    else: look |= dict(wave=draw.direction(2) * draw.uniform(2, 5, 2)[..., None], phase=draw.uniform(0, 1, 2))
+    else:
+        look["wave"] = draw.direction(2) * draw.uniform(2, 5, 2)[..., None]
+        look["phase"] = draw.uniform(0, 1, 2)
     look["key"] = torch.randint(2**31, (BLOCK,), generator=draw.generator).int()
     return look | dict(flicker=config.flicker * draw.uniform(-1, 1, config.frames))
 
 # %% ../../nbs/data/04_synthetic.ipynb #9eb030f7
 def draw_factors(config: BenchmarkConfig, split: str, count: int, seed: int = 0) -> dict:
-    """All causes of the first `count` clips of a split: tensors (count, ...) on the CPU.
+    """Draw all causes of the first `count` clips of a split: tensors (count, ...) on the CPU.
 
-    Clip i is a function of (config, seed, split, i). Objects 0 and 1 are the actors (event, active, start), the
-    others distractors (decoy, decoy_start, drift). Of every object: position (x, y) and radius in frame widths and
-    flash in every frame; shape, colour, large; depth. Raises: AttnnasError for an unknown split or a negative count.
+    Clip i is a function of (config, seed, split, i). Objects 0 and 1 are the actors (event,
+    active, start), the others distractors (decoy, decoy_start, drift). Of every object there are
+    position (x, y) and radius, in frame widths, and flash in every frame; shape, colour, large;
+    depth.
+
+    split: one of SPLITS.
+    Raises: AttnnasError for an unknown split or a negative count.
     """
     choose(split, SPLITS, "split")
     if count < 0: raise AttnnasError(f"count is {count}; expected 0 clips or more.")
@@ -256,30 +318,35 @@ def draw_factors(config: BenchmarkConfig, split: str, count: int, seed: int = 0)
         f = _draw_events(draw, config)
         position, size, large = _draw_actors(draw, config, f["event"], f["start"])
         f |= _draw_distractors(draw, config)
-        f["position"], f["large"] = torch.cat((position, f["position"]), 1), torch.cat((large, f["large"]), 1)
-        f["flash"], size = F.pad(f["flash"], (0, 0, 2, 0)), F.pad(size, (0, 0, 0, config.distractors), value=1.)
+        f["position"] = torch.cat((position, f["position"]), 1)
+        f["large"] = torch.cat((large, f["large"]), 1)
+        f["flash"] = F.pad(f["flash"], (0, 0, 2, 0))
+        size = F.pad(size, (0, 0, 0, config.distractors), value=1.)
         base = draw.uniform(config.radius_min, config.radius_max, 2 + config.distractors)
         base = base * (1 + (config.growth - 1) * f["large"])
         blocks.append(f | dict(radius=base[..., None] * size) | _draw_look(draw, config))
-    return {name: torch.cat([b[name] for b in blocks])[:count].contiguous() for name in blocks[0]}
+    whole = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+    return {name: value[:count].contiguous() for name, value in whole.items()}
 
 # %% ../../nbs/data/04_synthetic.ipynb #1334174f
 def _value_noise(at: Tensor, lattice: Tensor) -> Tensor:
-    "Smooth noise (n, T, S, S) read at `at` (n, 2, T, S) from a lattice (n, L, L) that repeats."
+    "Read smooth noise (n, T, S, S) at `at` (n, 2, T, S) from a lattice (n, L, L) that repeats."
     cell = at.floor()
     part = at - cell
-    part, cell = part * part * (3 - 2 * part), cell.long()
+    part = part * part * (3 - 2 * part)
+    cell = cell.long()
     around = [(cell + k).remainder(LATTICE) for k in (0, 1)]
     frames, size = at.shape[2:]
     lattice = lattice[:, None].expand(-1, frames, -1, -1)
-    left, right = (lattice.gather(3, a[:, 0, :, None].expand(-1, -1, LATTICE, -1)) for a in around)
+    left, right = (lattice.gather(3, a[:, 0, :, None].expand(-1, -1, LATTICE, -1))
+                   for a in around)
     rows = left + (right - left) * part[:, 0, :, None]
     above, below = (rows.gather(2, a[:, 1, :, :, None].expand(-1, -1, -1, size)) for a in around)
     return above + (below - above) * part[:, 1, :, :, None]
 
 # %% ../../nbs/data/04_synthetic.ipynb #f72557a4
 def _gratings(at: Tensor, wave: Tensor, phase: Tensor) -> Tensor:
-    "The mean (n, T, S, S) of two gratings of `wave` (n, 2, 2) cycles along x and y, read at `at` (n, 2, T, S)."
+    "Read the mean (n, T, S, S) of two gratings of `wave` (n, 2, 2) cycles at `at` (n, 2, T, S)."
     along = wave[..., None, None] * at[:, None]
     turn = along[:, :, 0, :, None] + along[:, :, 1, :, :, None] + phase[:, :, None, None, None]
     turn = turn.sub_(turn.floor()).mul_(2).sub_(1)
@@ -287,38 +354,49 @@ def _gratings(at: Tensor, wave: Tensor, phase: Tensor) -> Tensor:
 
 # %% ../../nbs/data/04_synthetic.ipynb #5fdf17a4
 def _background(config: BenchmarkConfig, f: dict) -> Tensor:
-    "The panning texture, from -1 to 1: (n, T, S, S)."
+    "Return the panning texture, from -1 to 1: (n, T, S, S)."
     grid = (torch.arange(config.size, device=f["pan"].device) + .5) / config.size
     time = torch.arange(config.frames, device=grid.device) / (config.frames - 1)
     at = grid + (f["pan"][..., None] * time)[..., None]
-    return _value_noise(5 * at, f["lattice"]) if config.name == "A" else _gratings(at, f["wave"], f["phase"])
+    if config.name == "A": return _value_noise(5 * at, f["lattice"])
+    return _gratings(at, f["wave"], f["phase"])
 
 # %% ../../nbs/data/04_synthetic.ipynb #b9daa03d
 def _edges(name: str, x: Tensor, y: Tensor, r: Tensor) -> tuple:
-    "How far inside each of the four shapes of radius r a pixel at distance (x, y) from the centre lies, in pixels."
-    far, near, distance = torch.maximum(x, y), torch.minimum(x, y), (x * x + y * y).sqrt_()
-    if name == "A": return r - distance, .88 * r - far, _D * (1.2 * r - x - y), .3 * r - (distance - .75 * r).abs()
-    bar = lambda x, y: torch.minimum(1.15 * r - x, .6 * r - y)
-    return r - distance, torch.minimum(1.1 * r - far, .4 * r - near), bar(x, y), bar(y, x)
+    "Return how far inside each of four shapes of radius r lies a pixel (x, y) off the centre."
+    far = torch.maximum(x, y)
+    near = torch.minimum(x, y)
+    distance = (x * x + y * y).sqrt_()
+    disk = r - distance
+    if name == "A":
+        ring = .3 * r - (distance - .75 * r).abs()
+        return disk, .88 * r - far, _D * (1.2 * r - x - y), ring
+
+    def bar(along, across): return torch.minimum(1.15 * r - along, .6 * r - across)
+
+    return disk, torch.minimum(1.1 * r - far, .4 * r - near), bar(x, y), bar(y, x)
 
 # %% ../../nbs/data/04_synthetic.ipynb #0019b6a9
 def _coverage(config: BenchmarkConfig, f: dict) -> tuple[Tensor, Tensor]:
-    "How much of each pixel of a patch an object covers (n, objects, T, P, P), and the pixels' places in the frame."
-    size, largest = config.size, config.radius_max * config.growth ** (1 if config.name == "A" else 2)
+    "Return how much of a patch's pixels an object covers (n, objects, T, P, P), and their places."
+    size = config.size
+    largest = config.radius_max * config.growth ** (1 if config.name == "A" else 2)
     patch = min(size, math.ceil(2 * 1.2 * largest * size) + 2)
     steps = torch.arange(patch, device=f["pan"].device)
     centre = f["position"] * size
     corner = (centre - patch / 2).round().clamp(0, size - patch)
     place = corner[..., None].long() + steps
     offset = ((corner - centre + .5)[..., None] + steps).abs()
-    edges = _edges(config.name, offset[..., 0, None, :], offset[..., 1, :, None], f["radius"][..., None, None] * size)
-    shape, inside = f["shape"][..., None, None, None], edges[0]
+    radius = f["radius"][..., None, None] * size
+    edges = _edges(config.name, offset[..., 0, None, :], offset[..., 1, :, None], radius)
+    shape = f["shape"][..., None, None, None]
+    inside = edges[0]
     for k in (1, 2, 3): inside = torch.where(shape == k, edges[k], inside)
     return inside.add_(.5).clamp_(0, 1), place[..., 1, :, None] * size + place[..., 0, None, :]
 
 # %% ../../nbs/data/04_synthetic.ipynb #6de3c5bc
 def _hash(x: Tensor) -> Tensor:
-    "Mixes the bits of int32 numbers (the finaliser of MurmurHash3); in place."
+    "Mix the bits of int32 numbers (the finaliser of MurmurHash3), in place."
     for shift, multiplier in ((16, -2048144789), (13, -1028477387)):
         x ^= (x >> shift).bitwise_and_((1 << (32 - shift)) - 1)
         x *= multiplier
@@ -327,7 +405,7 @@ def _hash(x: Tensor) -> Tensor:
 
 # %% ../../nbs/data/04_synthetic.ipynb #05914724
 def _noise(config: BenchmarkConfig, key: Tensor) -> Tensor:
-    "Noise of standard deviation `config.noise`: (n, 3, T, S, S) in A, grey (n, 1, T, S, S) in B."
+    "Return noise of deviation `config.noise`: (n, 3, T, S, S) in A, grey (n, 1, T, S, S) in B."
     shape = (3 if config.name == "A" else 1, config.frames, config.size, config.size)
     number = _hash(torch.arange(math.prod(shape), dtype=torch.int32, device=key.device).view(shape))
     bits = _hash(number ^ key.view(-1, 1, 1, 1, 1))
@@ -337,8 +415,10 @@ def _noise(config: BenchmarkConfig, key: Tensor) -> Tensor:
 
 # %% ../../nbs/data/04_synthetic.ipynb #b5f6d882
 def _render(config: BenchmarkConfig, f: dict) -> Tensor:
-    "Clips of the factors `f` (n, ...), on their device: uint8 (n, 3, T, S, S)."
-    count, frames, size = len(f["pan"]), config.frames, config.size
+    "Render clips of the factors `f` (n, ...), on their device: uint8 (n, 3, T, S, S)."
+    count = len(f["pan"])
+    frames = config.frames
+    size = config.size
     canvas = _background(config, f)[:, None] * (config.texture * f["tint"])[..., None, None, None]
     canvas = canvas.add_(f["base"][..., None, None, None]).view(count, 3, -1)
     coverage, place = _coverage(config, f)
@@ -352,12 +432,15 @@ def _render(config: BenchmarkConfig, f: dict) -> Tensor:
         canvas.scatter_(2, at, blend.add_(under).flatten(2))
     canvas = canvas.view(count, 3, frames, size, size)
     if config.flicker: canvas.mul_((1 + f["flicker"])[:, None, :, None, None])
-    return canvas.add_(_noise(config, f["key"])).mul_(255).add_(.5).clamp_(0, 255).to(torch.uint8)
+    canvas.add_(_noise(config, f["key"])).mul_(255).add_(.5).clamp_(0, 255)
+    return canvas.to(torch.uint8)
 
 # %% ../../nbs/data/04_synthetic.ipynb #3f4f7e83
 def _spread(work, items, threads: int):
-    "Work through `items` on threads of their own: sharing every small operation costs more than it saves."
-    if threads == 1: return (yield from map(work, items))
+    "Work through `items` on threads; to share every small operation costs more than it saves."
+    if threads == 1:
+        yield from map(work, items)
+        return
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield from pool.map(work, items)
@@ -365,55 +448,86 @@ def _spread(work, items, threads: int):
 
 
 def render(config: BenchmarkConfig, factors: dict, device="cpu", progress: bool = False) -> Tensor:
-    "Clips of `factors` (from `draw_factors`): uint8 (N, 3, T, S, S) on `device`."
-    device, count = pick_device(device) if isinstance(device, str) else device, len(factors["label"])
-    video = torch.empty(count, 3, config.frames, config.size, config.size, dtype=torch.uint8, device=device)
-    step = max(1, 2**17 // (config.frames * config.size ** 2))      # about what a processor's cache holds
+    """Render the clips of `factors`: uint8 (N, 3, T, S, S) on `device`.
+
+    factors: from `draw_factors`.
+    progress: show a progress bar.
+    """
+    if isinstance(device, str): device = pick_device(device)
+    count = len(factors["label"])
+    video = torch.empty(count, 3, config.frames, config.size, config.size, dtype=torch.uint8,
+                        device=device)
+    # About what a processor's cache holds.
+    step = max(1, 2**17 // (config.frames * config.size ** 2))
 
     def draw(i):
         part = slice(i, i + step)
-        video[part] = _render(config, {name: value[part].to(device) for name, value in factors.items()})
-    chunks = _spread(draw, range(0, count, step), torch.get_num_threads() if device.type == "cpu" else 1)
-    bar = dict(total=math.ceil(count / step), disable=not progress, desc=f"clips of {config.name}", leave=False)
-    for _ in tqdm(chunks, **bar): pass
+        chosen = {name: value[part].to(device) for name, value in factors.items()}
+        video[part] = _render(config, chosen)
+
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    chunks = _spread(draw, range(0, count, step), threads)
+    for _ in tqdm(chunks, total=math.ceil(count / step), disable=not progress,
+                  desc=f"clips of {config.name}", leave=False): pass
     return video
 
 # %% ../../nbs/data/04_synthetic.ipynb #3f656531
 def groups(config: BenchmarkConfig, f: dict) -> dict:
-    "Columns of N strings by which accuracy is reported; the shape is that of the actor that is active first."
+    """Return columns of N strings by which accuracy is reported.
+
+    The shape is that of the actor that is active first.
+    """
     table = list(CLASS_EVENTS[config.name].values())
-    name = lambda names, index: np.array(names, dtype=str)[index.numpy()]
+
+    def name(names, index): return np.array(names, dtype=str)[index.numpy()]
+
     late = (f["active"] & (f["start"] >= config.frames // 2)).any(1)
     first = torch.where(f["active"], f["start"], config.frames).argmin(1, keepdim=True)
-    return {"kind": name([row[0] for row in table], f["label"]), "family": name([row[1] for row in table], f["label"]),
-            "window": name(["early", "late", "both"], torch.where(f["active"].all(1), 2, late.long())),
-            "decoys": name([str(k) for k in range(config.distractors + 1)], (f["decoy"] > 0).sum(1)),
+    window = torch.where(f["active"].all(1), 2, late.long())
+    counts = [str(k) for k in range(config.distractors + 1)]
+    return {"kind": name([row[0] for row in table], f["label"]),
+            "family": name([row[1] for row in table], f["label"]),
+            "window": name(["early", "late", "both"], window),
+            "decoys": name(counts, (f["decoy"] > 0).sum(1)),
             "shape": name(SHAPES[config.name], f["shape"].gather(1, first)[:, 0])}
 
 # %% ../../nbs/data/04_synthetic.ipynb #091dd335
 def make_clips(config: BenchmarkConfig, split: str, count: int, seed: int = 0,
                device="cpu", progress: bool = False) -> Clips:
-    """The first `count` clips of a split (one of `SPLITS`); asking for more never changes the earlier ones.
+    """Make the first `count` clips of a split; to ask for more never changes the earlier ones.
 
-    The video is rendered on `device`; labels and factors stay on the CPU. Raises: AttnnasError for an unknown split,
-    a negative count or a missing device.
+    config: the data set.
+    split: one of SPLITS.
+    count: number of clips.
+    seed: seed of all causes.
+    device: where the video is rendered; labels and factors stay on the CPU.
+    progress: show a progress bar.
+    Raises: AttnnasError for an unknown split, a negative count or a missing device.
     """
     factors = draw_factors(config, split, count, seed)
-    fingerprint = content_hash(["attnnas.synthetic", SCHEMA, dataclasses.asdict(config), split, seed, count])
-    return Clips(render(config, factors, device, progress), factors["label"], classes(config),
-                 groups(config, factors), factors, fingerprint)
+    known = [SCHEMA, dataclasses.asdict(config), split, seed, count]
+    video = render(config, factors, device, progress)
+    return Clips(video, factors["label"], classes(config), groups(config, factors), factors,
+                 content_hash(["attnnas.synthetic", *known]))
 
 # %% ../../nbs/data/04_synthetic.ipynb #4125373e
 def object_masks(config: BenchmarkConfig, factors: dict, indices=None) -> Tensor:
-    """Where each object is seen, without what others cover: bool (n, objects, T, S, S); objects 0 and 1 are the actors.
+    """Return where each object is seen, without what others cover: bool (n, objects, T, S, S).
 
-    `factors` from `draw_factors` or `Clips.factors`; `indices` picks clips (None: all of them).
+    Objects 0 and 1 are the actors.
+
+    factors: from `draw_factors` or `Clips.factors`.
+    indices: of clips (n,); default: all.
     """
-    f = factors if indices is None else {name: value[torch.as_tensor(indices)] for name, value in factors.items()}
+    f = factors
+    if indices is not None:
+        rows = torch.as_tensor(indices)
+        f = {name: value[rows] for name, value in factors.items()}
     coverage, place = _coverage(config, f)
     masks = torch.zeros(*coverage.shape[:3], config.size ** 2, dtype=torch.bool)
     masks.scatter_(3, place.flatten(3), (coverage > .5).flatten(3))
-    nearer, rows = torch.zeros_like(masks[:, 0]), torch.arange(len(masks))
+    nearer = torch.zeros_like(masks[:, 0])
+    rows = torch.arange(len(masks))
     for layer in f["depth"].flip(1).unbind(1):
         seen = masks[rows, layer] & ~nearer
         masks[rows, layer] = seen
