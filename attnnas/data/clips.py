@@ -9,7 +9,6 @@ __all__ = ['ClipSource', 'Clips', 'read_ahead', 'Views', 'read_views', 'to_float
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,14 @@ from ..core.hashes import content_hash
 # %% ../../nbs/data/01_clips.ipynb #0dc6e6e9
 @runtime_checkable
 class ClipSource(Protocol):
-    "Labelled clips, read by index: labels int64 (N,), groups columns of N strings, batch -> uint8 (B, C, T, H, W)."
+    """Labelled clips, read by index.
+
+    labels: int64 (N,).
+    classes: names of the classes.
+    groups: {name: column of N strings}.
+    fingerprint: a hash of all that determines the data.
+    batch: gives uint8 (B, C, T, H, W).
+    """
     labels: Tensor
     classes: list
     groups: dict
@@ -32,8 +38,13 @@ class ClipSource(Protocol):
 class Clips:
     """A clip source in memory.
 
-    video uint8 (N, C, T, H, W), on any device: C = 3 colours, 2 components of optical flow, or 5, both; labels
-    int64 (N,); groups: columns of N strings; factors: tensors (N, ...) of whatever else is known of a clip.
+    video: uint8 (N, C, T, H, W), on any device: C = 3 colours, 2 components of optical flow, or 5,
+        both.
+    labels: int64 (N,).
+    classes: names of the classes.
+    groups: {name: column of N strings}.
+    factors: {name: tensor (N, ...)}, what else is known of a clip.
+    fingerprint: a hash of all that determines the data.
     Raises: AttnnasError where a shape, a type or a label does not fit.
     """
     video: Tensor
@@ -44,27 +55,34 @@ class Clips:
     fingerprint: str = ""
 
     def __post_init__(self):
-        if self.video.ndim != 5 or self.video.dtype != torch.uint8 or self.video.shape[1] not in (3, 2, 5):
-            raise AttnnasError(f"video is {self.video.dtype} of shape {tuple(self.video.shape)}; "
-                               "expected uint8 (N, 3, T, H, W), (N, 2, T, H, W) of optical flow, or (N, 5, T, H, W) of both.")
+        video = self.video
+        fits = video.ndim == 5 and video.dtype == torch.uint8 and video.shape[1] in (3, 2, 5)
+        if not fits:
+            raise AttnnasError(f"video is {video.dtype} of shape {tuple(video.shape)}; "
+                               "expected uint8 (N, 3, T, H, W), (N, 2, T, H, W) of optical flow, "
+                               "or (N, 5, T, H, W) of both.")
         columns = {"labels": self.labels} | self.groups | self.factors
         short = [name for name, column in columns.items() if len(column) != len(self)]
         if short:
-            raise AttnnasError(f"{len(self)} clips, but {', '.join(short)} have another length. Give one row a clip.")
+            raise AttnnasError(f"{len(self)} clips, but {', '.join(short)} have another length. "
+                               "Give one row a clip.")
         if self.labels.dtype != torch.int64:
             raise AttnnasError(f"labels are {self.labels.dtype}; expected torch.int64.")
-        low, high = (self.labels.min().item(), self.labels.max().item()) if len(self) else (0, 0)
-        if len(self) and not 0 <= low <= high < len(self.classes):
-            raise AttnnasError(f"labels reach from {low} to {high}; expected 0 to {len(self.classes) - 1}.")
+        if not len(self): return
+        low = self.labels.min().item()
+        high = self.labels.max().item()
+        if not 0 <= low <= high < len(self.classes):
+            raise AttnnasError(f"labels reach from {low} to {high}; expected 0 to "
+                               f"{len(self.classes) - 1}.")
 
     def __len__(self) -> int: return len(self.video)
 
     def batch(self, indices: Tensor) -> Tensor:
-        "The clips at `indices` (B,): uint8 (B, C, T, H, W)."
+        "Return the clips at `indices` (B,): uint8 (B, C, T, H, W)."
         return self.video[indices.to(self.video.device)]
 
     def subset(self, indices) -> "Clips":
-        "The clips at `indices` (M,) with their labels, groups and factors; its fingerprint is its own."
+        "Return the clips at `indices` (M,) as clips, with a fingerprint of their own."
         indices = torch.as_tensor(indices, dtype=torch.int64)
         rows = indices.cpu()
         return Clips(self.batch(indices), self.labels[rows], self.classes,
@@ -94,5 +112,8 @@ def read_views(clips: ClipSource, parts):
 
 # %% ../../nbs/data/01_clips.ipynb #8e57aa60
 def to_float(video: Tensor) -> Tensor:
-    "uint8 video to float32 of about zero mean and unit scale: (x / 255 - .45) / .225, same shape and device."
+    """Turn uint8 video into float32 of about zero mean and unit scale: (x / 255 - .45) / .225.
+
+    Shape and device stay.
+    """
     return video.to(torch.float32, copy=True).sub_(255 * .45).div_(255 * .225)

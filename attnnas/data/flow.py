@@ -11,7 +11,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
