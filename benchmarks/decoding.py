@@ -19,11 +19,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from attnnas.core.devices import device_name
+from attnnas.data.codec import pyav
+from attnnas.data.cutting import ClipConfig
 from attnnas.data.decode import iterate
-from attnnas.data.flow import pyav
-from attnnas.data.manifest import folder_manifest
+from attnnas.data.layout import folder_manifest
 from attnnas.data.synthetic import benchmark, make_clips
-from attnnas.data.video import ClipConfig, VideoClips, VideoLoader
+from attnnas.data.video import VideoClips, VideoLoader
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "bench" / "decoding.csv"
 HIGH, WIDE, SECONDS, RATE, FRAMES = 256, 340, 10, 25, 64
@@ -59,8 +60,9 @@ class AsIs:
 
 
 def ours(folder, crop: bool, workers: int):
-    clips = VideoClips(folder, "all", ClipConfig(frames=FRAMES, size=224), training=True, transform=None if crop else AsIs())
-    return VideoLoader(clips, 1, workers)
+    clips = VideoClips(folder, "all", ClipConfig(frames=FRAMES, size=224), training=True, workers=workers,
+                       transform=None if crop else AsIs())
+    return VideoLoader(clips, 1)
 
 
 def theirs(folder, crop: bool, workers: int):

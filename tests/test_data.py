@@ -12,7 +12,10 @@ from attnnas.data.ceilings import ceilings
 from attnnas.data.clips import Clips, ClipSource, to_float
 from attnnas.data.synthetic import (BENCHMARKS, CLASS_EVENTS, EVENTS, benchmark, classes,
                                     draw_factors, event_frames, make_clips, object_masks, render)
-from attnnas.data.video import VideoFolder, decode, encode, folder_name, write_video_folder
+from attnnas.data.codec import encode
+from attnnas.data.cutting import ClipConfig
+from attnnas.data.folders import folder_name, write_video_folder
+from attnnas.data.video import VideoClips
 
 both = pytest.mark.parametrize("name", ["A", "B"])
 
@@ -329,6 +332,11 @@ def test_no_linear_layer_beats_the_best_on_counts():
 
 # video files
 
+def videos(folder, split: str, frames: int = 16, size: int = 32) -> VideoClips:
+    "The clips of a split, as a test takes them."
+    return VideoClips(folder, split, ClipConfig(frames=frames, size=size), training=False)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("videos")
@@ -338,7 +346,7 @@ def folder(tmp_path_factory):
 
 def test_a_folder_gives_back_clips_labels_and_factors(folder):
     config = benchmark("B")
-    source, clips = VideoFolder(folder, "test"), make_clips(config, "test", 13)
+    source, clips = videos(folder, "test"), make_clips(config, "test", 13)
     assert isinstance(source, ClipSource) and len(source) == 13 and source.classes == sorted(folder_name(c) for c in classes(config))
     number = torch.tensor([int(file.stem[-6:]) for file in source.files])
     error = source.batch(torch.arange(13)).float() - clips.video[number].float()
@@ -359,25 +367,32 @@ def test_annotations_are_kinetics_style(folder):
 
 def test_fingerprints_follow_the_files(folder, tmp_path):
     write_video_folder(tmp_path, benchmark("B"), {"train": 24, "test": 13})
-    first, again = VideoFolder(folder, "test"), VideoFolder(tmp_path, "test")
-    assert first.fingerprint == again.fingerprint != VideoFolder(folder, "test", frames=8).fingerprint
+    first, again = videos(folder, "test"), videos(tmp_path, "test")
+    assert first.fingerprint == again.fingerprint != videos(folder, "test", frames=8).fingerprint
     data = bytearray(again.files[3].read_bytes())
     data[-1] ^= 1
     again.files[3].write_bytes(data)
-    assert VideoFolder(tmp_path, "test").fingerprint != first.fingerprint
+    assert videos(tmp_path, "test").fingerprint != first.fingerprint
+
+
+def middle(path, frames: int, size: int):
+    "The clip from the middle of one file in a folder without splits."
+    clips = VideoClips(path.parent.parent, "all", ClipConfig(frames=frames, size=size), training=False)
+    return clips.batch(torch.tensor([0]))[0]
 
 
 def test_frames_and_sizes_are_fitted(folder, tmp_path):
-    file = VideoFolder(folder, "train").files[0]
-    whole = decode(file, 16, 32)
-    assert decode(file, 6, 32).equal(whole[:, 5:11])
-    assert decode(file, 18, 32)[:, 15:].equal(whole[:, 15:].expand(-1, 3, -1, -1))
-    for size in (17, 64): assert decode(file, 2, size).shape == (3, 2, size, size)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    file = tmp_path / "a" / "b" / "one.mp4"
+    file.write_bytes(videos(folder, "train").files[0].read_bytes())
+    whole = middle(file, 16, 32)
+    assert middle(file, 6, 32).equal(whole[:, 5:11])
+    assert middle(file, 18, 32)[:, 16:].equal(whole[:, :2])        # too short: it starts again
+    for size in (17, 64): assert middle(file, 2, size).shape == (3, 2, size, size)
     wide = torch.zeros(3, 4, 20, 50, dtype=torch.uint8)
     wide[..., 15:35] = 200                                          # the middle 20 of 50 columns
-    path = tmp_path / "wide.mp4"
-    path.write_bytes(encode(wide))
-    assert decode(path, 4, 20).float().mean() > 190 and decode(path, 4, 10).float().mean() > 185
+    file.write_bytes(encode(wide))
+    assert middle(file, 4, 20).float().mean() > 190 and middle(file, 4, 10).float().mean() > 185
 
 
 def test_a_folder_without_annotations_is_a_source(tmp_path):
@@ -386,24 +401,24 @@ def test_a_folder_without_annotations_is_a_source(tmp_path):
             (tmp_path / split / label).mkdir(parents=True)
             (tmp_path / split / label / "one.mp4").write_bytes(encode(torch.full((3, 4, 32, 32), grey, dtype=torch.uint8)))
     (tmp_path / "train" / ".hidden").mkdir()
-    source = VideoFolder(tmp_path, "validation", frames=4)
+    source = videos(tmp_path, "validation", frames=4)
     assert source.classes == ["cats", "dogs"] and set(source.groups) == {"class"} and source.factors == {}
     assert (source.batch(torch.tensor([1, 0])).float().mean((1, 2, 3, 4)) - torch.tensor([200., 50])).abs().max() < 3
 
 
 def errors(folder):
-    yield "There is no folder", lambda: VideoFolder(folder / "nowhere", "train")
-    yield "no split 'test'. It holds: train, validation", lambda: VideoFolder(folder, "test")
-    yield "holds classes that train lacks: birds", lambda: VideoFolder(folder, "validation")
-    yield "dogs holds no video", lambda: VideoFolder(folder, "train")
-    yield "frames is 0", lambda: VideoFolder(folder, "train", frames=0)
+    yield "There is no folder", lambda: videos(folder / "nowhere", "train")
+    yield "no split 'test'. It holds: train, validation", lambda: videos(folder, "test")
+    yield "holds classes that train lacks: birds", lambda: videos(folder, "validation")
+    yield "dogs holds no video", lambda: videos(folder, "train")
+    yield "frames = 0", lambda: videos(folder, "train", frames=0)
 
 
 def test_what_is_wrong_with_a_folder_is_said_when_it_is_opened(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(AttnnasError, match="no folder at all"): VideoFolder(tmp_path / "empty", "train")
+    with pytest.raises(AttnnasError, match="no folder at all"): videos(tmp_path / "empty", "train")
     (tmp_path / "empty" / "train").mkdir()
-    with pytest.raises(AttnnasError, match="holds no class folders"): VideoFolder(tmp_path / "empty", "train")
+    with pytest.raises(AttnnasError, match="holds no class folders"): videos(tmp_path / "empty", "train")
     place = tmp_path / "data"
     for name in ("train/cats", "train/dogs", "validation/birds"): (place / name).mkdir(parents=True)
     (place / "train" / "cats" / "one.mp4").write_bytes(encode(torch.zeros(3, 4, 32, 32, dtype=torch.uint8)))
@@ -418,9 +433,9 @@ def test_an_undecodable_file_is_named(folder, tmp_path, content):
     file.parent.mkdir(parents=True)
     good = encode(torch.zeros(3, 4, 32, 32, dtype=torch.uint8))
     file.write_bytes(good[:len(good) // 2] if content == "half" else content)
-    with pytest.raises(AttnnasError, match="one.mp4"): VideoFolder(tmp_path, "train")
+    with pytest.raises(AttnnasError, match="one.mp4"): videos(tmp_path, "train")
     file.with_name("a.mp4").write_bytes(good)
-    source = VideoFolder(tmp_path, "train", frames=4)               # only the first of a class is looked at here
+    source = videos(tmp_path, "train", frames=4)                   # one that can be read is enough here
     with pytest.raises(AttnnasError, match="1 of 2.*one.mp4"): source.check()
     with pytest.raises(AttnnasError, match="one.mp4"): source.batch(torch.tensor([0, 1]))
 
@@ -429,7 +444,7 @@ def test_annotations_of_other_clips_are_refused(folder, tmp_path):
     write_video_folder(tmp_path, benchmark("B"), {"train": 12})
     first = next((tmp_path / "train").rglob("*.mp4"))
     first.rename(first.with_name("stranger.mp4"))
-    with pytest.raises(AttnnasError, match="such as stranger"): VideoFolder(tmp_path, "train")
+    with pytest.raises(AttnnasError, match="such as stranger"): videos(tmp_path, "train")
 
 
 def test_writing_checks_before_it_works(tmp_path):
@@ -441,7 +456,7 @@ def test_writing_checks_before_it_works(tmp_path):
 
 def test_without_pyav_the_extra_is_named(monkeypatch, folder):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(AttnnasError, match=r"pip install attnnas\[video\]"): VideoFolder(folder, "train")
+    with pytest.raises(AttnnasError, match=r"pip install attnnas\[video\]"): videos(folder, "train")
     with pytest.raises(AttnnasError, match=r"pip install attnnas\[video\]"): write_video_folder(folder, benchmark("A"), {"train": 1})
 
 

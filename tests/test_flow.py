@@ -9,10 +9,13 @@ import torch
 
 from attnnas.core.errors import AttnnasError
 from attnnas.core.seeds import generator
-from attnnas.data.decode import encode, in_workers, iterate
+from attnnas.data.codec import encode
+from attnnas.data.cutting import ClipConfig
+from attnnas.data.decode import iterate
 from attnnas.data.flow import (BOUND, METHODS, STORES, flow_tensor, flows, from_bytes, mirror_flow,
                                optical_flow, read_flow, to_bytes, write_flow)
-from attnnas.data.video import ClipConfig, VideoClips, VideoLoader
+from attnnas.data.video import VideoClips, VideoLoader
+from attnnas.data.workers import in_workers
 
 pytest.importorskip("av")
 cv2 = pytest.importorskip("cv2")
@@ -229,6 +232,6 @@ def test_flow_that_does_not_fit_is_in_the_ledger(pair, tmp_path, fault):
     (tmp_path / "a/0.mp4.flow.mkv").write_bytes((pair / "flow/a/0.mp4.flow.mkv").read_bytes())
     if fault == "short": write_flow(tmp_path / "b/1.mp4.flow.mkv", torch.zeros(19, 2, 48, 64))
     if fault == "not flow": (tmp_path / "b/1.mp4.flow.mkv").write_bytes((pair / "clips/b/1.mp4").read_bytes())
-    loader = VideoLoader(VideoClips(pair / "clips", "all", BOTH, training=False, flow=tmp_path), 2, workers=2)
+    loader = VideoLoader(VideoClips(pair / "clips", "all", BOTH, training=False, flow=tmp_path, workers=2), 2)
     assert [path for batch in loader for path in batch["path"]] == ["a/0.mp4"] and loader.ledger.videos() == {"b/1.mp4": "no flow"}
     if fault == "short": assert "holds 19 flows for 20 frames" in loader.ledger.entries[0]["detail"]

@@ -18,6 +18,7 @@ from attnnas.evidence.run import key_of, run
 from attnnas.evidence.sources import Generated
 from attnnas.evidence.store import RunRecord, Store, upgrade
 from attnnas.search.differentiable import SearchConfig
+from attnnas.search.methods import search_config
 from attnnas.training.loop import TrainingConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,15 +60,21 @@ def one_of_each_kind() -> dict:
         "search, fixed, per site, with a cost": tiny(insertion=Search(fixed)),
         "search, free, pooled keys": tiny(insertion=Search(free)),
         "derived cell": tiny(insertion=DerivedCell(SEARCH)),
+        "search by evolution": tiny(insertion=Search(search_config(
+            {"method": "evolution", "trials": 2, "operations": 2, "width": 8}))),
     }
 
 
 def digest(record: RunRecord) -> dict:
     "What a run came to, in few numbers."
-    return {"status": record.status, "loss": [epoch["loss"] for epoch in record.history],
-            "validation": record.history[-1]["validation"]["loss"], "test": record.test["loss"],
-            "parameters": record.parameters, "gflops": record.gflops,
-            "cells": sorted(json.dumps(cell, sort_keys=True) for cell in record.cells.values())}
+    common = {"status": record.status, "parameters": record.parameters, "gflops": record.gflops,
+              "cells": sorted(json.dumps(cell, sort_keys=True) for cell in record.cells.values())}
+    if record.test is None:  # a search that tries cells
+        trials = [{"cell": json.dumps(trial["cell"], sort_keys=True), "score": trial["score"], "loss": trial["metrics"]["loss"]}
+                  for trial in record.history]
+        return common | {"trials": trials}
+    return common | {"loss": [epoch["loss"] for epoch in record.history], "test": record.test["loss"],
+                     "validation": record.history[-1]["validation"]["loss"]}
 
 
 def flat(value) -> list:

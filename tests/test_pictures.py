@@ -107,6 +107,8 @@ def test_a_folder_of_images_is_pictures(tmp_path):
     seen = Videos(str(tmp_path), frames=1, size=32).open()
     for split, clips in seen.items():
         assert len(clips) == 12 and ("val" in clips.files[0].parts) == (split != "train")
+        assert clips.batch(torch.arange(12)).shape == (12, 3, 1, 32, 32)
+        if split == "train": continue                                   # random crops
         for i, file in enumerate(clips.files): assert clips.batch(torch.tensor([i]))[0].equal(made.video[int(file.stem)])
     with pytest.raises(AttnnasError, match="holds no video"): Videos(str(tmp_path), frames=2, size=32).open()
 

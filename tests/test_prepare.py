@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 import zipfile
@@ -16,20 +18,28 @@ import numpy as np
 import pytest
 import torch
 
+from attnnas.cli.data import main
 from attnnas.core.errors import AttnnasError
-from attnnas.data import prepare as preparing
+from attnnas.data import archives
+from attnnas.data.annotations import DATASETS, Listed
+from attnnas.data.archives import locate, unpack
 from attnnas.data.clips import ClipSource
-from attnnas.data.decode import Unreadable, _opencv_still, encode, iterate, probe, read_frames
+from attnnas.data.codec import encode
+from attnnas.data.copies import extract_flow, transcode
+from attnnas.data.decode import iterate, probe, read_frames
 from attnnas.data.flow import flows, read_flow
 from attnnas.data.images import (IMAGENETTE, IMAGENETTE_OFFICIAL, Images, image_manifest,
                                  prepare_images, read_image)
-from attnnas.data.manifest import Manifest, Row, file_hash, folder_manifest, summary_text
-from attnnas.data.prepare import (DATASETS, Listed, examine, extract_flow, for_each, locate,
-                                  prepare, transcode, unpack)
+from attnnas.data.journal import for_each
+from attnnas.data.layout import folder_manifest
+from attnnas.data.manifest import Manifest, Row, file_hash, summary_text
+from attnnas.data.prepare import examine, prepare
+from attnnas.data.unreadable import Unreadable
 from attnnas.data.video import VideoLoader
-from data_prep.__main__ import main
+from attnnas.data.workers import _opencv_still
 
 pytest.importorskip("av")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def film(count: int = 6, high: int = 32, wide: int = 48, seed: int = 0) -> bytes:
@@ -338,7 +348,7 @@ def test_archives_that_cannot_be_unpacked(tmp_path, monkeypatch):
     make("tar.gz", tmp_path / "cut.tar.gz", {"1.bin": os.urandom(99999)})
     (tmp_path / "cut.tar.gz").write_bytes((tmp_path / "cut.tar.gz").read_bytes()[:50000])
     (tmp_path / "a.rar").write_bytes(b"Rar!")
-    monkeypatch.setattr(preparing.shutil, "which", lambda name: None)
+    monkeypatch.setattr(archives.shutil, "which", lambda name: None)
     for name, said in {"cut.tar.gz": "Download it again", "a.rar": "Install bsdtar", "none.zip": "no archive"}.items():
         with pytest.raises(AttnnasError, match=said): unpack(tmp_path / name, tmp_path / "to")
     assert not list((tmp_path / "to").glob(".*unpacked"))
@@ -351,7 +361,7 @@ def test_rar_goes_through_the_program_that_is_there_and_inner_ones_too(tmp_path,
     program.write_text('#!/bin/sh\nfor last; do :; done\nmkdir -p "$last"\ncp "$4.inside/"* "$last"\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(preparing.shutil, "which", lambda name: str(program) if name == "unrar" else None)
+    monkeypatch.setattr(archives.shutil, "which", lambda name: str(program) if name == "unrar" else None)
     for path in ("outer.rar", "outer.rar.inside/wave.rar", "to/wave.rar.inside/w.avi"):
         (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / path).write_bytes(b"Rar!")
@@ -431,6 +441,37 @@ def test_the_whole_command_line(ucf, capsys):
     with pytest.raises(SystemExit): main(["kinetics"])
 
 
+TASKS = [*DATASETS, "folder", "images", "transcode", "flow", "summary"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_command_explains_itself(task, capsys):
+    with pytest.raises(SystemExit) as done: main([task, "--help"])
+    assert done.value.code == 0 and f"usage: attnnas data {task}" in capsys.readouterr().out
+
+
+def test_the_commands_are_part_of_attnnas(tmp_path, capsys):
+    "If this fails, an installed wheel cannot prepare data: data_prep is in the repository alone."
+    from attnnas.cli.main import main as attnnas
+    with pytest.raises(SystemExit) as done: attnnas(["data", "--help"])
+    assert done.value.code == 0 and set(TASKS) <= set(capsys.readouterr().out.replace(",", " ").split())
+    assert attnnas(["data", "summary", str(tmp_path / "none.csv")]) == 2
+    assert capsys.readouterr().err.startswith("attnnas data: ")
+
+
+@pytest.mark.parametrize("module", ["data_prep", "attnnas.cli.main data"])
+def test_a_command_runs_from_the_command_line(tmp_path, module):
+    (tmp_path / "videos/a").mkdir(parents=True)
+    (tmp_path / "videos/a/1.mp4").write_bytes(film(4, 32, 32))
+    start = "import sys; from attnnas.cli.main import main; sys.exit(main())"
+    program = ["-m", "data_prep"] if module == "data_prep" else ["-c", start, "data"]
+    done = subprocess.run([sys.executable, *program, "folder", "--videos", str(tmp_path / "videos"), "--workers", "0",
+                           "--out", str(tmp_path / "v.csv")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "all: 1 listed, 1 found, 1 readable; lost: none" in done.stdout
+    assert Manifest.load(tmp_path / "v.csv").rows[0].frames == 4
+
+
 # ---- images
 
 def picture(path, high=20, wide=30, mode="RGB", **options):
@@ -500,7 +541,7 @@ def test_any_folder_of_images(tmp_path):
 def test_images_keep_the_rules_of_videos(tmp_path, training, workers):
     for k in range(8): picture(tmp_path / "ab"[k % 2] / f"{k}.png")
     (tmp_path / "a/4.png").write_bytes(b"")
-    loader = VideoLoader(Images(tmp_path, "all", 16, training=training), 3, workers)
+    loader = VideoLoader(Images(tmp_path, "all", 16, training=training, workers=workers), 3)
     batches = list(loader)
     assert sum(len(batch["image"]) for batch in batches) == 7 + training and loader.ledger.videos() == {"a/4.png": "empty"}
     assert all(batch["image"].shape[1:] == (3, 16, 16) for batch in batches)

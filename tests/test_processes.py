@@ -171,9 +171,9 @@ def prepared(tmp_path_factory):
     pytest.importorskip("av"), pytest.importorskip("cv2")
     from torchvision.models import googlenet
     from attnnas.data.flow import optical_flow, write_flow
-    from attnnas.data.manifest import folder_manifest
+    from attnnas.data.folders import write_video_folder
+    from attnnas.data.layout import folder_manifest
     from attnnas.data.synthetic import benchmark, make_clips
-    from attnnas.data.video import write_video_folder
     folder, made = tmp_path_factory.mktemp("prepared"), benchmark("A", frames=12, size=32)
     counts = {"train": 14, "validation": 9}
     write_video_folder(folder / "videos", made, counts)

@@ -16,10 +16,14 @@ import torch
 from attnnas.core.errors import AttnnasError
 from attnnas.data import decode
 from attnnas.data.clips import ClipSource
-from attnnas.data.decode import (Unreadable, WorkerDied, encode, in_workers, iterate, limited,
-                                 probe, read_frames)
-from attnnas.data.manifest import Ledger, Manifest, Row, file_hash, folder_manifest
-from attnnas.data.video import TEST, ClipConfig, VideoClips, VideoLoader, clip_frames
+from attnnas.data.codec import encode
+from attnnas.data.cutting import TEST, ClipConfig, clip_frames
+from attnnas.data.decode import iterate, probe, read_frames
+from attnnas.data.layout import folder_manifest
+from attnnas.data.manifest import Ledger, Manifest, Row, file_hash
+from attnnas.data.unreadable import REASONS, Unreadable, limited
+from attnnas.data.video import VideoClips, VideoLoader
+from attnnas.data.workers import WorkerDied, in_workers
 
 av = pytest.importorskip("av")
 SMALL = ClipConfig(frames=4, size=24, time_limit=60.)        # a busy machine is no hang
@@ -216,7 +220,7 @@ def zoo(tmp_path_factory):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_every_animal_reads_or_is_in_the_ledger(zoo, training, workers):
     "If this fails, a broken video is lost without a word, stops the epoch, or is counted in a test in which it was not seen."
-    loader = VideoLoader(VideoClips(zoo, "all", SMALL, training=training), 5, workers)
+    loader = VideoLoader(VideoClips(zoo, "all", SMALL, training=training, workers=workers), 5)
     batches = list(loader)
     paths, asked = ([x for batch in batches for x in batch[name]] for name in ("path", "asked"))
     assert all_of_them(loader.ledger.videos()) and len(loader.ledger) == len(LOST)
@@ -281,7 +285,7 @@ def test_corrupted_files_neither_crash_nor_hang_and_all_are_reported(tmp_path, r
     count = 1000 if request.config.getoption("--slow") else 100
     pairs = list(corrupted(tmp_path, count))
     found = list(in_workers(outcome, [path for _, path in pairs], workers=1, time_limit=150))
-    assert len(found) == count and all(isinstance(f, tuple) or f in decode.REASONS or f == "too short" for f in found)
+    assert len(found) == count and all(isinstance(f, tuple) or f in REASONS or f == "too short" for f in found)
     assert "time-out" not in found and "damaged" in found
     for k in range(count // 3): os.link(tmp_path / "good0", tmp_path / f"sound {k}.mp4")
     rows = [Row(path.name, "x", "all", hash=file_hash(good)) for good, path in pairs]
@@ -302,8 +306,8 @@ def test_a_decoder_that_hangs_is_given_up_and_named(zoo, monkeypatch, workers):
 
     monkeypatch.setitem(decode.BACKENDS, "sleepy", sleepy)
     good = Manifest([row for row in zoo.rows if "sound" in row.path], ["a", "b"], zoo.root)
-    clips = VideoClips(good, "all", dataclasses.replace(SMALL, backend="sleepy", time_limit=4.), training=True)
-    loader, started = VideoLoader(clips, 2, workers), time.monotonic()
+    clips = VideoClips(good, "all", dataclasses.replace(SMALL, backend="sleepy", time_limit=4.), training=True, workers=workers)
+    loader, started = VideoLoader(clips, 2), time.monotonic()
     assert sum(len(batch["path"]) for batch in loader) == 4
     assert loader.ledger.videos() == {"b/sound 1.mp4": "time-out"} and loader.ledger.entries[0]["stand_in"] == "b/sound 3.mp4"
     assert sum(len(batch["path"]) for batch in loader) == 4 and len(loader.ledger) == 2    # the second epoch does not wait again
@@ -332,13 +336,13 @@ def test_a_killed_worker_is_named_and_its_epoch_can_be_finished(zoo):
     "If this fails, a machine that runs out of memory costs an epoch, and nobody learns over which video."
     mine = zoo.root / "b" / "mine"
     mine.write_bytes(b"")
-    clips = Mined(zoo, "all", SMALL, training=False)
-    loader, seen = VideoLoader(clips, 3, workers=2), []
+    clips = Mined(zoo, "all", SMALL, training=False, workers=2)
+    loader, seen = VideoLoader(clips, 3), []
     with pytest.raises(AttnnasError, match=r"died \(SIGKILL\) while reading .*sound 3\.mp4"):
         for batch in loader: seen += batch["path"]
     assert 4 <= loader.position <= 7 and len(seen) + len(loader.ledger) == 3 * loader.position
     mine.unlink()
-    again = VideoLoader(clips, 3, workers=2)
+    again = VideoLoader(clips, 3)
     again.load_state_dict(loader.state_dict())
     for batch in again: seen += batch["path"]
     assert seen == [row.path for row in zoo.rows if row.path not in LOST] and all_of_them(again.ledger.videos())
@@ -387,7 +391,7 @@ def test_a_class_without_a_readable_video_is_named_in_training(tmp_path, workers
     for name in "ab": (tmp_path / name).mkdir()
     write(tmp_path / "a/1.mp4", images(5))
     for k in range(3): (tmp_path / "b" / f"{k}.mp4").write_bytes(b"")
-    loader = VideoLoader(VideoClips(tmp_path, "all", SMALL, training=True), 4, workers)
+    loader = VideoLoader(VideoClips(tmp_path, "all", SMALL, training=True, workers=workers), 4)
     with pytest.raises(AttnnasError, match="No readable video of class 'b'"): list(loader)
 
 
@@ -425,8 +429,7 @@ def plain(tmp_path_factory):
 
 @pytest.mark.parametrize("workers", [2, 4])
 def test_workers_change_nothing(plain, workers):
-    clips = VideoClips(plain, "all", SMALL, training=True)
-    loaders = VideoLoader(clips, 4), VideoLoader(clips, 4, workers)
+    loaders = [VideoLoader(VideoClips(plain, "all", SMALL, training=True, workers=n), 4) for n in (0, workers)]
     for _ in range(2):
         for ours, theirs in zip(*loaders, strict=True):
             assert ours["path"] == theirs["path"] and ours["video"].equal(theirs["video"]) and ours["frames"].equal(theirs["frames"])
@@ -439,7 +442,7 @@ def test_an_epoch_stopped_and_resumed_is_the_same_epoch(plain):
     for batch in first:
         parts.append(batch["video"])
         break
-    second = VideoLoader(clips, 4, workers=2)
+    second = VideoLoader(VideoClips(plain, "all", SMALL, training=True, workers=2), 4)
     second.load_state_dict(first.state_dict())
     parts += [batch["video"] for _ in range(2) for batch in second]
     assert len(parts) == len(whole) == 4 and all(a.equal(b) for a, b in zip(parts, whole))

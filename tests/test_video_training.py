@@ -3,7 +3,7 @@ import pytest
 
 from attnnas.cli import main as cli
 from attnnas.data.synthetic import benchmark
-from attnnas.data.video import write_video_folder
+from attnnas.data.folders import write_video_folder
 from attnnas.evidence.store import Store
 
 

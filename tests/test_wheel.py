@@ -138,3 +138,4 @@ def test_wheel_works_in_an_environment_of_its_own(wheel, tmp_path):
     run(python, "-m", "pip", "check")
     run(python, "-I", "-c", "; ".join(f"import {name}" for name in modules()))
     assert "reproduce" in run(tmp_path / "venv/bin/attnnas", "--help").stdout
+    assert "kinetics600" in run(tmp_path / "venv/bin/attnnas", "data", "--help").stdout

@@ -19,8 +19,8 @@ import torch
 
 from ..core.devices import device_name
 from ..core.errors import AttnnasError, choose
+from ..data.annotations import DATASETS
 from ..data.manifest import Manifest
-from ..data.prepare import DATASETS
 from ..evidence.batch import project_folder
 from ..evidence.config import RunConfig, load_tier, tiers
 from ..evidence.plans import planned

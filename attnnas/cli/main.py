@@ -10,7 +10,7 @@ import argparse
 import importlib.metadata
 import sys
 
-from . import doctor, reproduce, show, train
+from . import data, doctor, reproduce, show, train
 from ..core.errors import AttnnasError
 
 # %% ../../nbs/cli/09_main.ipynb #206321ef
@@ -32,6 +32,9 @@ def parser() -> argparse.ArgumentParser:
         return command
 
     for module in COMMANDS: module.add_commands(add)
+    preparation = commands.add_parser("data", help="Prepare data sets of videos and images.",
+                                      description=data.DESCRIPTION)
+    data.add_commands(preparation)
     return top
 
 # %% ../../nbs/cli/09_main.ipynb #c6aa29a1

@@ -16,10 +16,10 @@ from ..core.errors import AttnnasError
 from ..core.hashes import content_hash
 from ..core.options import check, from_fields, option, to_plain
 from ..data import pictures, synthetic
+from ..data.cutting import ClipConfig
 from ..data.flow import flow_clips
-from ..data.video import ClipConfig, VideoClips, VideoFolder, VideoLoader
+from ..data.video import VideoClips
 from ..training.evaluation import evaluate
-from ..training.videos import TrainingVideos, evaluate_videos
 
 # %% ../../nbs/evidence/01_sources.ipynb #55da1c41
 CHANNELS = {"rgb": 3, "flow": 2, "rgb+flow": 5}
@@ -132,7 +132,7 @@ class Videos(Source):
 
     def open(self) -> dict:
         "Return {split: its clips}. Raises: AttnnasError for a folder that is missing or empty."
-        return _open_manifest(self) if self.listed else _open_folder(self)
+        return _open_videos(self)
 
     @property
     def fingerprint(self) -> str:
@@ -141,9 +141,7 @@ class Videos(Source):
 
     def test(self, model, clips, at_once: int, device, processes) -> dict:
         "Test `model` on `clips`, `at_once` at a time; what cannot be read is counted."
-        if not self.listed: return evaluate(model, clips, at_once, device, processes)
-        loader = VideoLoader(clips, at_once, readers())
-        return evaluate_videos(model, loader, device, processes=processes)
+        return evaluate(model, clips, at_once, device, processes)
 
 
 def readers() -> int:
@@ -153,25 +151,20 @@ def readers() -> int:
 
 
 @lru_cache(maxsize=2)
-def _open_folder(source: Videos) -> dict:
-    if source.modality != "rgb":
-        raise AttnnasError(
-            f"modality is {source.modality!r} and data is the folder {source.name!r}; flow is "
-            f"estimated for generated sets only: {', '.join(GENERATORS)}.")
-    return {split: VideoFolder(source.name, split, source.frames, source.size)
-            for split in SPLITS}
-
-
-@lru_cache(maxsize=2)
-def _open_manifest(source: Videos) -> dict:
+def _open_videos(source: Videos) -> dict:
+    "Open a manifest's training and test split; of a folder, its validation split too."
     _, _, frames, size, _ = source.tested_shape
     cut = ClipConfig(frames=source.frames, size=source.size, stream=STREAMS[source.modality],
                      seed=source.data_seed)
     whole = dataclasses.replace(cut, frames=frames, size=size)
     flow = None if source.modality == "rgb" else source.flow or None
-    train = VideoClips(source.name, "train", cut, training=True, flow=flow)
-    test = VideoClips(source.name, source.test_split, whole, training=False, flow=flow)
-    return {"train": TrainingVideos(train, readers()), "test": test}
+
+    def clips(split: str, how: ClipConfig, training: bool) -> VideoClips:
+        return VideoClips(source.name, split, how, training=training, flow=flow, workers=readers())
+
+    opened = {"train": clips("train", cut, True)}
+    if not source.listed: opened["validation"] = clips("validation", cut, False)
+    return opened | {"test": clips(source.test_split, whole, False)}
 
 # %% ../../nbs/evidence/01_sources.ipynb #83ca7e7a
 def source_of(values: dict) -> Source:
