@@ -12,26 +12,54 @@ from .errors import AttnnasError, choose
 
 # %% ../../nbs/core/06_options.ipynb #d52f2230
 def option(default, help: str, choices: tuple = (), minimum=None):
-    "A documented dataclass field; `choices` and `minimum` bound it, the default's type is its type."
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum})
+    """Make a documented field of a dataclass.
+
+    default: its default, whose type is the type of the field.
+    help: what it means.
+    choices: the values that it may have; default: any.
+    minimum: the least value that it may have; default: any.
+    """
+    bounds = {"help": help, "choices": choices, "minimum": minimum}
+    return dataclasses.field(default=default, metadata=bounds)
 
 
 def check(config):
-    "Raise AttnnasError for the first field of `config` that is of the wrong type, not a choice or too small."
+    """Check the fields of a configuration that `option` made.
+
+    config: a dataclass object.
+    Raises: AttnnasError for the first field of a wrong type, not among its choices or too small.
+    """
     for field in dataclasses.fields(config):
-        if "help" not in field.metadata: continue
-        value, choices, minimum = getattr(config, field.name), field.metadata["choices"], field.metadata["minimum"]
-        kind = (int, float) if isinstance(field.default, float) else type(field.default)
-        if field.default is not None and (not isinstance(value, kind) or
-                                          (isinstance(value, bool) and not isinstance(field.default, bool))):
-            raise AttnnasError(f"{field.name} = {value!r}: expected {type(field.default).__name__} ({field.metadata['help']}).")
-        if choices: choose(value, choices, field.name.replace("_", " "))
-        if minimum is not None and value < minimum:
-            raise AttnnasError(f"{field.name} = {value!r}: expected at least {minimum} ({field.metadata['help']}).")
+        if "help" in field.metadata: _check_field(field, getattr(config, field.name))
+
+
+def _check_field(field: dataclasses.Field, value):
+    given = f"{field.name} = {value!r}"
+    meaning = field.metadata["help"]
+    choices = field.metadata["choices"]
+    minimum = field.metadata["minimum"]
+    if field.default is not None and not _is_like(value, field.default):
+        raise AttnnasError(f"{given}: expected {type(field.default).__name__} ({meaning}).")
+    if choices: choose(value, choices, field.name.replace("_", " "))
+    if minimum is not None and value < minimum:
+        raise AttnnasError(f"{given}: expected at least {minimum} ({meaning}).")
+
+
+def _is_like(value, default) -> bool:
+    "Whether the value is of the default's type; an integer is a float, True is no number."
+    if isinstance(value, bool) and not isinstance(default, bool): return False
+    kind = (int, float) if isinstance(default, float) else type(default)
+    return isinstance(value, kind)
 
 
 def from_fields(cls, values: dict):
-    "A `cls` from a dictionary. Raises: AttnnasError for a field that `cls` does not have, with the nearest one that it has."
+    """Make a configuration from a dictionary.
+
+    cls: a dataclass.
+    values: field -> value; fields that are left out have their defaults.
+    Returns: an object of `cls`.
+    Raises: AttnnasError for a field that `cls` does not have; it tells the nearest field.
+    """
     names = [field.name for field in dataclasses.fields(cls)]
     for name in values: choose(name, names, f"field of {cls.__name__}")
     return cls(**values)
