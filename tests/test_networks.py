@@ -365,5 +365,5 @@ def test_profile_leaves_the_model_alone_and_adds_up():
 
 def test_cost_of_nothing_and_of_a_wrong_shape():
     assert count_flops(nn.ReLU(), (1, 3, 4, 4, 4)) == 0
-    with pytest.raises(AttnnasError, match="Conv3d failed on an input of shape"):
+    with pytest.raises(AttnnasError, match="Conv3d failed in a dry run on an input of shape"):
         count_flops(nn.Conv3d(3, 4, 3), (1, 2, 4, 4, 4))

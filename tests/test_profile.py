@@ -312,7 +312,7 @@ def test_a_table_shows_modules_to_a_depth_and_all_cells():
 @pytest.mark.parametrize("function", [count_flops, activation_bytes, profile, costliest, profile_modules,
                                       profile_table])
 def test_a_wrong_shape_is_told(function):
-    with pytest.raises(AttnnasError, match="Conv3d failed on an input of shape .1, 2, 4, 4, 4.*Give a shape that"):
+    with pytest.raises(AttnnasError, match="Conv3d failed in a dry run on an input of shape .1, 2, 4, 4, 4.*Give a shape that"):
         function(nn.Conv3d(3, 4, 3), (1, 2, 4, 4, 4))
 
 

@@ -17,39 +17,62 @@ import torch
 from .errors import AttnnasError
 
 # %% ../../nbs/core/05_devices.ipynb #29f0f9b0
-def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`: "auto" is CUDA where there is one, else the CPU.
+_KNOWN = "Known: auto, cpu, cuda, cuda:N."
 
-    Raises: AttnnasError for a name torch does not know or a device this machine lacks.
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Find a device by its name.
+
+    name: "cpu", "cuda", "cuda:1" and so on; "auto", the default, is CUDA where there is one,
+    else the CPU.
+    Returns: the device.
+    Raises: AttnnasError for a name that is not known, or a device that this machine lacks.
     """
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
     try: device = torch.device(name)
-    except RuntimeError: raise AttnnasError(f"Unknown device {name!r}. Known: auto, cpu, cuda, cuda:N.") from None
-    if device.type not in ("cpu", "cuda"): raise AttnnasError(f"Device {name!r} is not supported. Known: auto, cpu, cuda, cuda:N.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise AttnnasError(f"Device {name!r} was asked for, and this machine has {torch.cuda.device_count()} CUDA devices. Use cpu or auto.")
+    except RuntimeError: raise AttnnasError(f"Unknown device {name!r}. {_KNOWN}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise AttnnasError(f"Device {name!r} is not supported. {_KNOWN}")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise AttnnasError(f"Device {name!r} was asked for, and this machine has {count} CUDA "
+                           "devices. Use cpu or auto.")
     return device
 
 # %% ../../nbs/core/05_devices.ipynb #55be16f4
 def versions() -> dict:
-    "Versions of what decides the numbers, and the machine they ran on."
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "cuda": torch.version.cuda, "platform": platform.platform(), "processor": _processor()}
+    """Tell the versions of the software that decides the numbers, and the machine.
+
+    Returns: python, torch, numpy, cuda (None without it), platform and processor -> text.
+    """
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__, "cuda": torch.version.cuda,
+            "platform": platform.platform(), "processor": _processor()}
 
 
 def _processor() -> str:
     try: lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError: return platform.processor()
-    return next((l.split(":", 1)[1].strip() for l in lines if l.startswith("model name")), platform.machine())
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def device_name(device: torch.device) -> str:
-    "The device as its maker calls it."
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({_processor()})"
+    """Tell how the maker of a device calls it.
+
+    device: a CUDA device or the CPU.
+    Returns: the name, such as "cpu (AMD EPYC 7B13)".
+    """
+    if device.type == "cuda": return torch.cuda.get_device_name(device)
+    return f"cpu ({_processor()})"
 
 
 def peak_memory(device: torch.device) -> float:
-    "Peak memory in MiB: of the device where it is CUDA, else of this process."
+    """Measure the largest memory that was in use, in MiB.
+
+    device: a CUDA device, whose own memory counts; for the CPU the memory of this process counts.
+    """
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return peak * unit / 2**20

@@ -10,13 +10,20 @@ import difflib
 
 # %% ../../nbs/core/01_errors.ipynb #fe73241b
 class AttnnasError(ValueError):
-    "Bad input or surroundings: the message says what was given, what was expected and what to do."
+    """Tell that an input or the machine does not fit.
+
+    The message says what was given, what was expected and what to do.
+    """
 
 # %% ../../nbs/core/01_errors.ipynb #e324b914
 def choose(name: str, options, what: str):
-    """`options[name]` (or `name` itself, where `options` is a list); a near miss is named in the error.
+    """Look up a name among options.
 
-    Raises: AttnnasError if `name` is not among `options`.
+    name: the name that was given.
+    options: a dictionary, or a list of names.
+    what: what a name stands for, as the error calls it, such as "model".
+    Returns: `options[name]` of a dictionary, `name` of a list.
+    Raises: AttnnasError if `name` is not among `options`; it tells the nearest option.
     """
     if name in options:
         return options[name] if hasattr(options, "keys") else name

@@ -15,18 +15,22 @@ from .errors import AttnnasError
 
 # %% ../../nbs/core/04_files.ipynb #6c7bde13
 def write_atomic(path, content):
-    """Replace `path` by `content` (str, bytes, or a function that is given a temporary path to write to).
+    """Replace a file, such that a reader sees the old content or the new one.
 
+    path: the file; its folder is made where it is missing.
+    content: str, bytes, or a function that is given a temporary path to write to.
     Raises: AttnnasError where the disk is full, read-only or not ours.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.",
+                                             suffix=".tmp")
         os.close(handle)
         try:
+            if isinstance(content, str): content = content.encode()
             if callable(content): content(temporary)
-            else: Path(temporary).write_bytes(content.encode() if isinstance(content, str) else content)
+            else: Path(temporary).write_bytes(content)
             os.chmod(temporary, 0o644)
             with open(temporary, "rb") as file: os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -34,23 +38,37 @@ def write_atomic(path, content):
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise AttnnasError(f"Could not write {path}: {error.strerror or error}. Free some space or choose "
-                           "another folder; what was finished before is kept.") from error
+        raise AttnnasError(f"Could not write {path}: {error.strerror or error}. Free some space or "
+                           "choose another folder; what was finished before is kept.") from error
 
 
 def write_json(path, value):
-    "`write_atomic` of readable JSON with sorted keys; NaN is refused."
-    write_atomic(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
+    """Replace a file by readable JSON with sorted keys, by `write_atomic`.
+
+    path: the file.
+    value: anything that JSON can hold.
+    Raises: ValueError for NaN and infinity; AttnnasError as `write_atomic`.
+    """
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    write_atomic(path, text + "\n")
 
 
 def _unique(pairs) -> dict:
     found = dict(pairs)
-    if len(found) < len(pairs): raise ValueError(f"a key stands twice among {[key for key, _ in pairs]}")
+    if len(found) < len(pairs):
+        raise ValueError(f"a key stands twice among {[key for key, _ in pairs]}")
     return found
 
 
 def read_json(path) -> dict:
-    "Read JSON. Raises: AttnnasError where the file is missing, is not JSON, or has a key twice."
+    """Read a JSON file.
+
+    path: the file.
+    Returns: its value.
+    Raises: AttnnasError where the file is missing, is not JSON, or has a key twice.
+    """
     try: return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique)
-    except OSError as error: raise AttnnasError(f"Could not read {path}: {error.strerror or error}.") from None
-    except (ValueError, RecursionError) as error: raise AttnnasError(f"{path} is not JSON: {error}.") from None
+    except OSError as error:
+        raise AttnnasError(f"Could not read {path}: {error.strerror or error}.") from None
+    except (ValueError, RecursionError) as error:
+        raise AttnnasError(f"{path} is not JSON: {error}.") from None

@@ -15,42 +15,69 @@ from .errors import AttnnasError
 
 # %% ../../nbs/core/02_hashes.ipynb #865c1434
 def canonical_json(value) -> str:
-    "One text for equal values: sorted keys, no white space, no NaN."
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    """Write a value as JSON, such that equal values give the same text.
+
+    value: anything that JSON can hold.
+    Returns: the text, with sorted keys and without white space.
+    Raises: ValueError for NaN and infinity.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"),
+                      allow_nan=False, ensure_ascii=False)
 
 
 def content_hash(value, length: int = 16) -> str:
-    "The first `length` hexadecimal digits of the SHA-256 of `value`'s canonical JSON."
+    """Hash the canonical JSON of a value by SHA-256.
+
+    value: anything that JSON can hold.
+    length: the number of hexadecimal digits; default 16, which are 64 bits.
+    Returns: the first `length` digits.
+    """
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
 
 # %% ../../nbs/core/02_hashes.ipynb #49f202f2
 class _WithoutDocstrings(ast.NodeTransformer):
     def _strip(self, node):
         self.generic_visit(node)
-        if ast.get_docstring(node, clean=False) is not None: node.body = node.body[1:] or [ast.Pass()]
+        has_docstring = ast.get_docstring(node, clean=False) is not None
+        if has_docstring: node.body = node.body[1:] or [ast.Pass()]
         return node
+
     visit_Module = visit_ClassDef = visit_FunctionDef = visit_AsyncFunctionDef = _strip
+
+
+def _imported(node: ast.AST, parts: list[str]) -> list[str]:
+    "Dotted names that a node of the syntax tree imports in the module with the dotted `parts`."
+    if not isinstance(node, (ast.Import, ast.ImportFrom)): return []
+    names = [alias.name for alias in node.names]
+    if isinstance(node, ast.Import): return names
+    base = parts[:-node.level] if node.level else []
+    if node.module: base = [*base, node.module]
+    base = ".".join(base)
+    return [base, *(f"{base}.{name}" for name in names)]
 
 
 def _imports(tree: ast.AST, module: str, package: str):
     "Dotted names, below the package, of what `module` imports, in functions too."
+    inside = f"{package}."
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import): names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = [package, *module.split(".")][:-node.level] if node.level else []
-            base = ".".join(base + ([node.module] if node.module else []))
-            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
-        else: continue
-        yield from (name.removeprefix(f"{package}.") for name in names if name.startswith(f"{package}."))
+        for name in _imported(node, [package, *module.split(".")]):
+            if name.startswith(inside): yield name.removeprefix(inside)
 
 # %% ../../nbs/core/02_hashes.ipynb #ed1e1b8e
 def source_hash(*modules: str, leave_out: tuple = (), package: Path | None = None) -> str:
-    """Hash of `modules` ("evidence.run") and of all that they import of the package, comments and docstrings aside.
+    """Hash the source of modules and of all modules of the package that they import.
 
-    `leave_out`: modules that do not count, and whose imports are not followed.
+    Comments and docstrings do not count.
+
+    modules: dotted names below the package, such as "evidence.run".
+    leave_out: modules that do not count, and whose imports are not followed; default: none.
+    package: the folder of a package; default: this one.
+    Returns: 16 hexadecimal digits.
+    Raises: AttnnasError for a module that is not there.
     """
     package = Path(package) if package else Path(__file__).resolve().parent.parent
-    waiting, sources = list(modules), {}
+    waiting = list(modules)
+    sources = {}
     while waiting:
         module = waiting.pop()
         path = package.joinpath(*module.split(".")).with_suffix(".py")
@@ -58,5 +85,6 @@ def source_hash(*modules: str, leave_out: tuple = (), package: Path | None = Non
         tree = ast.parse(path.read_text(encoding="utf-8"))
         waiting += _imports(tree, module, package.name)
         sources[module] = ast.unparse(_WithoutDocstrings().visit(tree))
-    if missing := set(modules) - set(sources): raise AttnnasError(f"No module {', '.join(sorted(missing))} in {package}.")
+    if missing := set(modules) - set(sources):
+        raise AttnnasError(f"No module {', '.join(sorted(missing))} in {package}.")
     return content_hash(sources)

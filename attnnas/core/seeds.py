@@ -15,17 +15,28 @@ from .hashes import content_hash
 
 # %% ../../nbs/core/03_seeds.ipynb #5152077b
 def stream_seed(*names) -> int:
-    "A seed in [0, 2**63) that is a pure function of `names` (numbers and strings)."
+    """Make a seed from the name of a random stream.
+
+    names: numbers and strings, such as 0, "order", 3; equal names give equal seeds.
+    Returns: an integer in [0, 2**63).
+    """
     return int(content_hash([str(n) for n in names], 64), 16) % 2**63
 
 
 def generator(*names, device="cpu") -> torch.Generator:
-    "A torch generator on its own stream."
+    """Make a torch generator for a named random stream.
+
+    names: as in `stream_seed`.
+    device: where its numbers are drawn; default: the CPU.
+    """
     return torch.Generator(device=device).manual_seed(stream_seed(*names))
 
 
 def seed_everything(seed: int):
-    "Seed Python, NumPy and torch (all devices)."
+    """Seed Python, NumPy and torch on all devices.
+
+    seed: an integer from 0; NumPy takes its last 32 bits.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

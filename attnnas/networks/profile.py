@@ -6,7 +6,6 @@
 __all__ = ['count_flops', 'activation_bytes', 'profile_modules', 'profile', 'profile_sites', 'costliest', 'profile_table']
 
 # %% ../../nbs/networks/11_profile.ipynb #cd7089b0
-import copy
 import math
 import statistics
 import time
@@ -18,49 +17,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.errors import AttnnasError
-from ..core.seeds import generator
+from .dry_run import Call, DryRun
 from .insertion import inserted
 
 # %% ../../nbs/networks/11_profile.ipynb #da82902e
-def _spans(model, x, read) -> list[tuple]:
-    "For each call of a module in model(x): (its name, the calling module's name or None, read() before, after)."
-    spans, running = [], []
-
-    def started(name): running.append((name, read()))
-
-    def ended(name):
-        _, start = running.pop()
-        spans.append((name, running[-1][0] if running else None, start, read()))
-    hooks = []
-    for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(lambda module, args, name=name: started(name)))
-        hooks.append(module.register_forward_hook(lambda module, args, output, name=name: ended(name)))
-    try: model(x)
-    finally:
-        for hook in hooks: hook.remove()
-    return spans
-
-
-def _totals(spans, own: bool = False) -> dict:
+def _totals(calls: list[Call], own: bool = False) -> dict:
     "Module name -> by how much the meter moved; `own`: without the modules that it called."
     totals = {}
-    for name, caller, start, end in spans:
-        totals[name] = totals.get(name, 0) + end - start
-        if own and caller is not None: totals[caller] = totals.get(caller, 0) - (end - start)
+    for name, caller, cost, _ in calls:
+        totals[name] = totals.get(name, 0) + cost
+        if own and caller is not None: totals[caller] = totals.get(caller, 0) - cost
     return totals
-
-# %% ../../nbs/networks/11_profile.ipynb #b5c21810
-def _try(model, shape, device, run, training: bool = False):
-    "run(copy of `model` on `device`, an input of `shape` there)."
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    try:
-        double = copy.deepcopy(model).to(device).train(training)
-        if torch.device(device).type == "meta": x = torch.empty(tuple(shape), device="meta", dtype=parameter.dtype)
-        else: x = torch.rand(tuple(shape), generator=generator("profile")).to(device, parameter.dtype)
-        return run(double, x)
-    except (RuntimeError, ValueError, NotImplementedError, AssertionError, IndexError, TypeError) as error:
-        raise AttnnasError(f"{type(model).__name__} failed on an input of shape {tuple(shape)}: "
-                           f"{str(error).rstrip('.')}. Give a shape that it takes.") from error
 
 # %% ../../nbs/networks/11_profile.ipynb #f109b994
 def _added(total, a, b, **options) -> int:
@@ -71,12 +38,12 @@ def _added(total, a, b, **options) -> int:
 _IN_PLACE = {torch.ops.aten.addmm_: _added, torch.ops.aten.baddbmm_: _added}
 
 
-def _work(model, shape) -> list[tuple]:
-    "Spans of floating-point operations, 2 a multiply-add."
-    def run(double, x):
-        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter:
-            return _spans(double, x, counter.get_total_flops)
-    return _try(model, shape, "meta", run)
+def _work(model, shape) -> list[Call]:
+    "Calls with their floating-point operations, 2 a multiply-add."
+    dry = DryRun(model)
+    x = dry.input(shape)
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter:
+        return dry.calls(x, counter.get_total_flops)
 
 
 def count_flops(model: nn.Module, shape) -> int:
@@ -107,19 +74,21 @@ def _has_kernel(query, key, value) -> bool:
     return query.device.type == "meta" and query.ndim == 4 and query.shape[-1] == key.shape[-1] == value.shape[-1]
 
 # %% ../../nbs/networks/11_profile.ipynb #e423370e
-def _saved(model, shape, device="meta") -> list[tuple]:
-    "Spans of bytes saved for the backward pass."
-    def run(double, x):
-        known = {t.untyped_storage()._cdata for t in (*double.parameters(), *double.buffers())}
-        kept = {}
+def _saved(model, shape, device="meta") -> list[Call]:
+    "Calls with the bytes that they save for the backward pass."
+    dry = DryRun(model, device, training=True)
+    x = dry.input(shape)
+    tensors = (*dry.model.parameters(), *dry.model.buffers())
+    known = {tensor.untyped_storage()._cdata for tensor in tensors}
+    kept = {}
 
-        def keep(tensor):
-            storage = tensor.untyped_storage()  # held, so that its address stays its own
-            if storage._cdata not in known: kept.setdefault(storage._cdata, storage)
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing)
-        with torch.enable_grad(), _FusedAttention(), hooks:
-            return _spans(double, x, lambda: sum(storage.nbytes() for storage in kept.values()))
-    return _try(model, shape, device, run, training=True)
+    def keep(tensor):
+        storage = tensor.untyped_storage()  # held, so that its address stays its own
+        if storage._cdata not in known: kept.setdefault(storage._cdata, storage)
+
+    def total(): return sum(storage.nbytes() for storage in kept.values())
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing)
+    with torch.enable_grad(), _FusedAttention(), hooks: return dry.calls(x, total)
 
 
 def activation_bytes(model: nn.Module, shape) -> int:
@@ -139,18 +108,20 @@ def _clock(device) -> float:
 
 def _seconds(model, shape, device, repeats: int) -> dict[str, float]:
     "Module name -> median seconds of a forward pass."
-    def run(double, x):
-        passes = []
-        with torch.no_grad():
-            double(x)
-            for _ in range(repeats):
-                start = _clock(device)
-                double(x)
-                whole = _clock(device) - start
-                passes.append(_totals(_spans(double, x, lambda: _clock(device))) | {"": whole})
-        return {name: statistics.median(each[name] for each in passes) for name in passes[0]}
     if repeats < 1: raise AttnnasError(f"repeats must be at least 1, got {repeats}.")
-    return _try(model, shape, device, run)
+    dry = DryRun(model, device)
+    x = dry.input(shape)
+    passes = []
+
+    def clock(): return _clock(device)
+    with torch.no_grad():
+        dry(x)
+        for _ in range(repeats):
+            start = clock()
+            dry(x)
+            whole = clock() - start
+            passes.append(_totals(dry.calls(x, clock)) | {"": whole})
+    return {name: statistics.median(each[name] for each in passes) for name in passes[0]}
 
 # %% ../../nbs/networks/11_profile.ipynb #11a11a04
 def profile_modules(model: nn.Module, shape, device=None, repeats: int = 5) -> list[dict]:
