@@ -163,7 +163,7 @@ def planted_clips(task: str, split: str, count: int, seed: int = 0, pixels: int 
 
 # %% ../../nbs/search/10_planted.ipynb #61264923
 class PatchNet(Backbone):
-    """A network that embeds every cell by itself, then takes their mean and a linear layer. [choice]
+    """A network that embeds each cell by itself, then takes the mean and a linear layer. [choice]
 
     It maps (B, 3, T, H, W) to (B, num_classes); the site `cells` gives (B, width, T, H / pixels,
     W / pixels).
