@@ -24,14 +24,19 @@ from attnnas.core.seeds import seed_everything
 from attnnas.data.synthetic import benchmark, make_clips
 from attnnas.networks.insertion import insert
 from attnnas.networks.profile import count_flops
-from attnnas.search.base import Past, SearchResult, Trial, TrialLog, try_cell
+from attnnas.cells.supergraph import TALK
+from attnnas.core.options import to_plain
+from attnnas.search.base import EpochLog, Past, SearchResult, Trial, TrialLog, try_cell
 from attnnas.search.bandit import bandit
+from attnnas.search.differentiable import SearchConfig, differentiable
 from attnnas.search.bandit import propose as propose_bandit
 from attnnas.search.evolution import evolution
 from attnnas.search.evolution import propose as propose_evolution
 from attnnas.search.objective import CellTraining
+from attnnas.search.methods import black_box, search_config
+from attnnas.search.methods import METHODS as BY_NAME
 from attnnas.search.random import random
-from attnnas.search.study import Claims, Study, describe, search
+from attnnas.search.study import AnotherStudy, BlackBoxConfig, Claims, Study, describe, search
 from attnnas.search.tabular import TabularBenchmark, different_cells, run_of
 from attnnas.cells.space import SearchSpace
 from attnnas.training.evaluation import Diverged, evaluate
@@ -159,6 +164,86 @@ def test_a_result_is_its_json(change, told):
     values = json.loads(json.dumps(result.to_dict()))
     assert SearchResult.from_dict(values) == result
     with pytest.raises(AttnnasError, match=told): SearchResult.from_dict(values | change)
+
+
+def test_a_result_of_a_search_with_other_nodes_is_read_and_derived_with_its_own(training):
+    nodes = ("temporal dot-product", "spatial map-based", "spatiotemporal map-based")
+    config = SearchConfig(levels=2, width=8, nodes=nodes)
+    found = differentiable(create_model("i3d_small", 12), training.clips, config, training.training,
+                           sites=training.sites)
+    values = json.loads(json.dumps(found.to_dict()))
+    again = SearchResult.from_dict(values)
+    assert again == found and again.log.nodes == nodes and again.settings["nodes"] == list(nodes)
+    assert np.shape(again.log.epochs[-1]["connections"]["Mixed_4b"]["sink"]) == (2, 3)
+    operations = again.log.derive(alpha=6, beta=3).cell.operations
+    assert {f"{o.dimension} {o.type}" for o in operations} == set(nodes)
+    assert again.cells() == found.cells() and list(again.cells()) == ["Mixed_4b"] == again.log.sites
+
+
+def test_a_log_without_nodes_has_those_of_the_talk():
+    config = SearchConfig(levels=2)
+    assert config.nodes == TALK and search_config({"levels": 2}) == config
+    assert EpochLog.from_dict({"epochs": []}).nodes == TALK
+    with pytest.raises(AttnnasError, match="Unknown type 'dot-produkt'"): SearchConfig(nodes=("spatial dot-produkt",))
+
+
+def test_a_black_box_result_of_the_first_schema_is_read():
+    result = METHODS["evolution"](SPACE, Formula(), 8)
+    first = {"schema_version": 1, "method": "evolution", "space": dataclasses.asdict(SPACE), "seed": 0,
+             "settings": {"population": 5, "tournament": 2}, "objective": "the formula",
+             "trials": [trial.to_dict() for trial in result.log.trials], "provenance": result.provenance}
+    assert SearchResult.from_dict(json.loads(json.dumps(first))) == result
+
+
+# Methods by name
+
+@pytest.mark.parametrize("values", [{}, {"levels": 2, "nodes": ["temporal dot-product"]}, {"method": "random", "trials": 3},
+                                    {"method": "evolution", "population": 4}, {"method": "bandit", "startup": 3}])
+def test_a_configuration_has_the_options_of_its_method_and_no_others(values):
+    config = search_config(values)
+    plain = json.loads(json.dumps(to_plain(config)))
+    assert search_config(plain) == config and list(plain)[0] == "method"
+    assert type(config) is BY_NAME[plain["method"]].options
+    black_box_options = {"trials", "operations"} & plain.keys()
+    assert bool(black_box_options) == isinstance(config, BlackBoxConfig)
+    assert ("levels" in plain) == (plain["method"] == "differentiable")
+
+
+@pytest.mark.parametrize("values, told", [
+    ({"method": "evolutoin"}, "Did you mean 'evolution'"), ({"method": "evolution", "populaton": 3}, "Did you mean 'population'"),
+    ({"method": "bandit", "tournament": 3}, "'tournament' is an option of evolution, not of bandit"),
+    ({"trials": 3}, "'trials' is an option of random, evolution, bandit, not of differentiable"),
+    ({"method": "random", "levels": 3}, "'levels' is an option of differentiable, not of random"),
+    ({"method": "random", "trials": 0}, "trials = 0")])
+def test_a_configuration_with_options_of_another_method_is_refused(values, told):
+    with pytest.raises(AttnnasError, match=told): search_config(values)
+
+
+@pytest.mark.parametrize("values", [{"method": "random"}, {"method": "evolution", "population": 2, "tournament": 1},
+                                    {"method": "bandit", "startup": 2}])
+def test_a_black_box_search_of_a_backbone_stops_and_continues(training, tmp_path, values):
+    config = search_config(values | {"trials": 3, "operations": 2, "width": 8})
+    recipe = dataclasses.replace(training.training, epochs=1)
+    run = partial(black_box, config, training.backbone, training.clips, training.validation, recipe, seed=5)
+    seen = []
+
+    def stop(made, trials):
+        seen.append((made, trials))
+        if made == 2: raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt): run(journal=tmp_path / "journal", progress=stop)
+    assert seen == [(1, 3), (2, 3)]
+    resumed = run(journal=tmp_path / "journal", progress=lambda *step: seen.append(step))
+    assert seen[2:] == [(2, 3), (3, 3)] and outcomes(resumed) == outcomes(run())
+    assert resumed.method == config.method and resumed.settings == config.settings
+    sites = create_model("i3d_small", 12).default_sites
+    assert resumed.cells() == dict.fromkeys(sites, resumed.best) and resumed.best in config.space
+    with pytest.raises(AnotherStudy, match="seed is 5 there and 6 here"): run(journal=tmp_path / "journal", seed=6)
+
+
+def test_a_black_box_search_takes_the_options_of_one(training):
+    with pytest.raises(AttnnasError, match="random, evolution, bandit; got SearchConfig"):
+        black_box(SearchConfig(), training.backbone, training.clips, training.validation)
 
 
 # Methods

@@ -14,30 +14,48 @@ from ..networks.profile import count_flops
 
 # %% ../../nbs/search/01_cost.ipynb #736c4702
 def operation_costs(nodes, width: int, clip) -> torch.Tensor:
-    """Count multiply-adds (n, 4) of one level's `nodes` with each of the ACTIVATIONS.
+    """Count the multiply-adds of one level's nodes.
 
-    The features are (width, *clip), clip = (T, H, W). An activation that a node's type does not take costs nothing.
+    nodes: n OperationSpecs.
+    width: channels of the features.
+    clip: (T, H, W) of the features.
+    Returns: (n, 4), each node with each of the ACTIVATIONS; an activation that a node's type does
+        not take costs nothing.
     """
     def cost(node, activation) -> float:
         if activation not in OPERATIONS[node.type].activations: return 0.0
         operation = create_operation(node.dimension, node.type, activation, width)
         return count_flops(operation, (1, width, *clip)) / 2
 
-    return torch.tensor([[cost(node, activation) for activation in ACTIVATIONS] for node in nodes])
+    def costs(node) -> list[float]:
+        return [cost(node, activation) for activation in ACTIVATIONS]
+
+    return torch.tensor([costs(node) for node in nodes])
 
 # %% ../../nbs/search/01_cost.ipynb #d7d416f6
 def training_multiply_adds(forward: int, trained: int, evaluated: int = 0) -> int:
-    "Multiply-adds to train on `trained` clips, each as often as it is seen, and evaluate `evaluated`; `forward` is one clip's."
+    """Compute the multiply-adds of a training.
+
+    forward: multiply-adds of one clip's forward pass.
+    trained: clips that are trained on, each as often as it is seen.
+    evaluated: clips that are evaluated.
+    """
     return forward * (3 * trained + evaluated)
 
 # %% ../../nbs/search/01_cost.ipynb #85f46203
-def expected_cost(level: torch.Tensor, sink: torch.Tensor, activation: torch.Tensor, costs: torch.Tensor) -> torch.Tensor:
-    """Expected multiply-adds of a supergraph in units of its dearest operation, a scalar with gradients.
+def expected_cost(level: torch.Tensor, sink: torch.Tensor, activation: torch.Tensor,
+                  costs: torch.Tensor) -> torch.Tensor:
+    """Compute the expected multiply-adds of a supergraph.
 
-    level (m-1, n, n) = [level i+2, node j, predecessor k], sink (m, n) and activation (m, n, 4) as applied; costs (n, 4)
-    as `operation_costs` gives them. Source: [choice].
+    level: weights (m-1, n, n) = [level i+2, node j, predecessor k], as applied.
+    sink: weights (m, n), as applied.
+    activation: weights (m, n, 4), as applied.
+    costs: (n, 4), as `operation_costs` gives them.
+    Returns: a scalar with gradients, in units of the dearest operation.
+    Source: [choice].
     """
-    reach, total = sink[-1].abs(), 0
+    reach = sink[-1].abs()
+    total = 0
     for i in reversed(range(len(sink))):
         total = total + (reach * (activation[i] * costs).sum(-1)).sum()
         if i: reach = sink[i - 1].abs() + reach @ level[i - 1].abs()

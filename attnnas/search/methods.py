@@ -90,7 +90,8 @@ def black_box(config: BlackBoxConfig, backbone: Callable, clips: ClipSource,
         AnotherStudy for a journal of a search with other settings; Interrupted when asked to stop.
     """
     if not isinstance(config, BlackBoxConfig):
-        names = [name for name, known in METHODS.items() if issubclass(known.options, BlackBoxConfig)]
+        names = [name for name, method in METHODS.items()
+                 if issubclass(method.options, BlackBoxConfig)]
         raise AttnnasError(f"A black-box search has the options of {', '.join(names)}; "
                            f"got {type(config).__name__}.")
     if not sites: sites = backbone(len(clips.classes)).default_sites

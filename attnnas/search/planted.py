@@ -22,8 +22,11 @@ from ..data.synthetic import SPLITS
 from ..cells.supergraph import TALK
 
 # %% ../../nbs/search/10_planted.ipynb #97742941
-FRAMES, SIDE, FACES, BLOCK = 16, 4, 4, 256
-BLANK, TARGET, DECOY, FACE, DARK, LIGHT = 0, 1, 2, 3, 7, 8       # what a cell shows; FACE is the first of four
+FRAMES = 16  # of a clip
+SIDE = 4     # cells in a row and in a column
+FACES = 4    # colours of a face
+BLOCK = 256  # clips that are drawn together, with balanced classes
+BLANK, TARGET, DECOY, FACE, DARK, LIGHT = 0, 1, 2, 3, 7, 8  # what a cell shows; FACE: 3 to 6
 
 
 def _orders(draw: torch.Generator, *shape) -> Tensor:
@@ -32,15 +35,20 @@ def _orders(draw: torch.Generator, *shape) -> Tensor:
 
 
 def _slots(draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    "What 16 slots show in 3 bands (n, 16, 3), and the labels (n,)."
+    "Draw what 16 slots show in 3 bands, (n, 16, 3), and the labels (n,)."
     label = torch.randperm(BLOCK, generator=draw) % FACES
     face = _orders(draw, 2, FACES).flatten(1)
-    badge, face = torch.where(face == label[:, None], TARGET, DECOY), FACE + face
+    badge = torch.where(face == label[:, None], TARGET, DECOY)
+    face = FACE + face
     badge_first = torch.arange(2 * FACES) < FACES
-    first, last = torch.where(badge_first, badge, face), torch.where(badge_first, face, badge)
+    first = torch.where(badge_first, badge, face)
+    last = torch.where(badge_first, face, badge)
     blank = torch.full_like(face, BLANK)
-    slots = torch.cat((torch.stack((first, blank, last), 2), torch.stack((blank, first, blank), 2)), 1)
-    return slots.gather(1, _orders(draw, 4 * FACES)[..., None].expand_as(slots)), label
+    told = torch.stack((first, blank, last), 2)
+    filling = torch.stack((blank, first, blank), 2)
+    slots = torch.cat((told, filling), 1)
+    order = _orders(draw, 4 * FACES)
+    return slots.gather(1, order[..., None].expand_as(slots)), label
 
 # %% ../../nbs/search/10_planted.ipynb #0efd7c1e
 def _bands(length: int) -> Tensor:
@@ -61,15 +69,18 @@ def _moment(draw: torch.Generator) -> tuple[Tensor, Tensor]:
 # %% ../../nbs/search/10_planted.ipynb #502984f1
 def _relation(draw: torch.Generator) -> tuple[Tensor, Tensor]:
     label = torch.randperm(BLOCK, generator=draw) % 2
-    order, half = _orders(draw, SIDE ** 2), SIDE ** 2 // 2
+    order = _orders(draw, SIDE ** 2)
+    half = SIDE ** 2 // 2
     first = order < half
     second = torch.where(label[:, None] == 1, first, order % half < half // 2)
     pictures = DARK + torch.stack((first, ~first, second, ~second), 1).long()
-    turn, wait = _orders(draw, 4), torch.randint(3, (BLOCK, 4), generator=draw).sort(1).values
+    turn = _orders(draw, 4)
+    wait = torch.randint(3, (BLOCK, 4), generator=draw).sort(1).values
     start = 4 * turn + wait.gather(1, turn)
     since = torch.arange(FRAMES) - start[..., None]
     shown = (since >= 0) & (since < 2)
-    return (shown[..., None] * pictures[:, :, None]).sum(1).unflatten(2, (SIDE, SIDE)), label
+    frames = (shown[..., None] * pictures[:, :, None]).sum(1)
+    return frames.unflatten(2, (SIDE, SIDE)), label
 
 # %% ../../nbs/search/10_planted.ipynb #03d0ebcc
 TASKS = {"place": _place, "moment": _moment, "relation": _relation}
@@ -78,67 +89,105 @@ PLANTED = {"place": ("spatial map-based", "spatial dot-product"),
            "relation": ("temporal dot-product",)}
 
 # %% ../../nbs/search/10_planted.ipynb #26e3c9fc
-COLOURS = {"blue": (0, 114, 178), "yellow": (240, 228, 66), "orange": (213, 94, 0), "pink": (204, 121, 167)}
+COLOURS = {"blue": (0, 114, 178), "yellow": (240, 228, 66), "orange": (213, 94, 0),
+           "pink": (204, 121, 167)}
 CLASSES = {"place": list(COLOURS), "moment": list(COLOURS), "relation": ["new", "comes back"]}
 
 
 def _palette(pixels: int) -> Tensor:
-    "What the nine things look like: (9, 3, pixels, pixels), from 0 to 255. The target badge is a ring, a decoy a bar."
-    look, edge = torch.full((9, 3, pixels, pixels), 115.), pixels // 4
-    look[DARK], look[LIGHT], look[[TARGET, DECOY]] = 25, 230, 180
+    """Draw the nine things: (9, 3, pixels, pixels), from 0 to 255.
+
+    The target badge is a ring, a decoy a bar.
+    """
+    look = torch.full((9, 3, pixels, pixels), 115.)
+    edge = pixels // 4
+    look[DARK] = 25
+    look[LIGHT] = 230
+    look[[TARGET, DECOY]] = 180
     look[TARGET, :, edge:-edge, edge:-edge] = 25
     look[DECOY, :, :, edge:-edge] = 25
-    look[FACE:DARK] = torch.tensor(list(COLOURS.values())).float()[..., None, None]
+    colours = torch.tensor(list(COLOURS.values())).float()
+    look[FACE:DARK] = colours[..., None, None]
     return look
 
 # %% ../../nbs/search/10_planted.ipynb #8fe4a9f6
-def _render(tokens: Tensor, draw: torch.Generator, pixels: int, tint: float, noise: float) -> Tensor:
-    "Tokens (n, T, 4, 4) as uint8 video (n, 3, T, 4 * pixels, 4 * pixels)."
+def _bytes(values: Tensor) -> Tensor:
+    "Round to uint8, in place."
+    return values.add_(.5).clamp_(0, 255).to(torch.uint8)
+
+
+def _render(tokens: Tensor, draw: torch.Generator, pixels: int, tint: float,
+            noise: float) -> Tensor:
+    "Draw tokens (n, T, 4, 4) as uint8 video (n, 3, T, 4 * pixels, 4 * pixels)."
     own = 1 + tint * (2 * torch.rand(len(tokens), 1, 3, 1, 1, generator=draw) - 1)
-    looks = (own * _palette(pixels)).add_(.5).clamp_(0, 255).to(torch.uint8)
-    cells = looks[torch.arange(len(tokens))[:, None, None, None], tokens]
+    looks = _bytes(own * _palette(pixels))
+    clip = torch.arange(len(tokens))[:, None, None, None]
+    cells = looks[clip, tokens]
     video = cells.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
     if not noise: return video
-    return (video + 255 * noise * torch.randn(video.shape, generator=draw)).add_(.5).clamp_(0, 255).to(torch.uint8)
+    return _bytes(video + 255 * noise * torch.randn(video.shape, generator=draw))
 
 # %% ../../nbs/search/10_planted.ipynb #68f949c0
-def planted_clips(task: str, split: str, count: int, seed: int = 0, pixels: int = 4, tint: float = .05,
-                  noise: float = 0.) -> Clips:
-    """The first `count` clips of `task` ("place", "moment" or "relation"): video (N, 3, 16, 4 * pixels, 4 * pixels).
+def planted_clips(task: str, split: str, count: int, seed: int = 0, pixels: int = 4,
+                  tint: float = .05, noise: float = 0.) -> Clips:
+    """Make the first clips of a task. More clips do not change the earlier ones. [choice]
 
-    `pixels`: width of a cell; `tint`: how far a clip's colours may be scaled; `noise`: its standard deviation, white
-    being 1. Factor `tokens` uint8 (N, 16, 4, 4) is what every cell shows. Asking for more clips does not change the
-    earlier ones. Raises: AttnnasError for an unknown task or split, a negative count or a cell of fewer than 4 pixels. [choice]
+    task: "place", "moment" or "relation".
+    split: "train", "validation" or "test".
+    count: how many clips.
+    seed: seed of the clips.
+    pixels: width of a cell.
+    tint: how far a clip's colours may be scaled.
+    noise: standard deviation of the noise, white being 1.
+    Returns: Clips with video (count, 3, 16, 4 * pixels, 4 * pixels) and the factor `tokens`,
+        uint8 (count, 16, 4, 4): what every cell shows.
+    Raises: AttnnasError for an unknown task or split, a negative count, or a cell of fewer than 4
+        pixels.
     """
     make = choose(task, TASKS, "task")
     choose(split, SPLITS, "split")
     if count < 0: raise AttnnasError(f"count is {count}; expected 0 clips or more.")
-    if pixels < 4: raise AttnnasError(f"pixels is {pixels}; a badge needs cells of 4 pixels or more.")
+    if pixels < 4:
+        raise AttnnasError(f"pixels is {pixels}; a badge needs cells of 4 pixels or more.")
     blocks = []
     for block in range(max(1, math.ceil(count / BLOCK))):
         draw = generator("attnnas.planted", task, split, seed, block)
         tokens, labels = make(draw)
-        blocks.append((_render(tokens, draw, pixels, tint, noise), labels, tokens.to(torch.uint8)))
+        video = _render(tokens, draw, pixels, tint, noise)
+        blocks.append((video, labels, tokens.to(torch.uint8)))
     video, labels, tokens = (torch.cat(parts)[:count].contiguous() for parts in zip(*blocks))
-    fingerprint = content_hash(["attnnas.planted", 1, task, split, seed, count, pixels, tint, noise])
+    settings = [task, split, seed, count, pixels, tint, noise]
+    fingerprint = content_hash(["attnnas.planted", 1, *settings])
     names = np.array(CLASSES[task])[labels.numpy()]
     return Clips(video, labels, CLASSES[task], {"class": names}, {"tokens": tokens}, fingerprint)
 
 # %% ../../nbs/search/10_planted.ipynb #61264923
 class PatchNet(Backbone):
-    """Every cell by itself, then their mean and a linear layer: (B, 3, T, H, W) -> (B, num_classes).
+    """A network that embeds each cell by itself, then takes the mean and a linear layer. [choice]
 
-    `pixels`: width of a cell, as in `planted_clips`. The site `cells` gives (B, width, T, H / pixels, W / pixels).
-    Raises: AttnnasError for an input of another shape. [choice]
+    It maps (B, 3, T, H, W) to (B, num_classes); the site `cells` gives (B, width, T, H / pixels,
+    W / pixels).
+    num_classes: how many classes.
+    pixels: width of a cell, as in `planted_clips`.
+    width: channels of a cell's features.
+    Raises: AttnnasError for an input of another shape.
     """
+
     def __init__(self, num_classes: int, pixels: int = 4, width: int = 24):
-        super().__init__(3, (FRAMES, SIDE * pixels, SIDE * pixels), (1, pixels, pixels), ("cells",))
-        layer = lambda channels, size: (nn.Conv3d(channels, width, size, size, bias=False), nn.BatchNorm3d(width),
-                                        nn.ReLU())
-        self.cells = nn.Sequential(*layer(3, (1, pixels, pixels)), *layer(width, 1))
+        clip = (FRAMES, SIDE * pixels, SIDE * pixels)
+        super().__init__(3, clip, (1, pixels, pixels), ("cells",))
+        self.cells = nn.Sequential(*_layer(3, width, (1, pixels, pixels)),
+                                   *_layer(width, width, 1))
         self.head = nn.Linear(width, num_classes)
 
-    def scores(self, x: Tensor) -> Tensor: return self.head(self.cells(x).mean((2, 3, 4)))
+    def scores(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(x).mean((2, 3, 4)))
+
+
+def _layer(channels: int, width: int, size) -> tuple:
+    "A convolution whose windows do not overlap, with its norm and activation."
+    convolution = nn.Conv3d(channels, width, size, size, bias=False)
+    return convolution, nn.BatchNorm3d(width), nn.ReLU()
 
 # %% ../../nbs/search/10_planted.ipynb #0e2771ef
 def planted_ranks(task: str, sink, nodes=TALK) -> list[int]:
@@ -158,5 +207,11 @@ def planted_ranks(task: str, sink, nodes=TALK) -> list[int]:
 
 
 def chance_level(right: int, nodes: int, alpha: int) -> float:
-    "Probability that `alpha` of `nodes` nodes, drawn at random, contain one of the `right` ones or more."
+    """Compute how probable it is to find a planted node by chance.
+
+    right: how many of the nodes are planted.
+    nodes: how many there are.
+    alpha: how many are drawn at random.
+    Returns: the probability that a planted one is among those drawn.
+    """
     return 1 - math.comb(nodes - right, alpha) / math.comb(nodes, alpha)
