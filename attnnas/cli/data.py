@@ -20,23 +20,23 @@ from ..data.prepare import prepare
 # %% ../../nbs/cli/06_data.ipynb #9077f931
 def _show(manifest: Manifest): print(summary_text(manifest.summary()))
 
-
+# %% ../../nbs/cli/06_data.ipynb #9e14d99b
 def _prepare(options):
     _show(prepare(options.task, annotations=options.annotations, videos=options.videos,
                   out=options.out, archives=options.archive, workers=options.workers,
                   full=not options.quick))
 
-
+# %% ../../nbs/cli/06_data.ipynb #eb250560
 def _images(options):
     _show(prepare_images(options.images, options.out, options.archive, workers=options.workers))
 
-
+# %% ../../nbs/cli/06_data.ipynb #e409ba2a
 def _transcode(options):
     manifest = Manifest.load(options.manifest)
     _show(transcode(manifest, options.folder, options.out, options.short_side,
                     workers=options.workers))
 
-
+# %% ../../nbs/cli/06_data.ipynb #b7b9c9ba
 def _flow(options):
     done = extract_flow(Manifest.load(options.manifest), options.folder, options.method,
                         bound=options.bound, store=options.store,
@@ -44,7 +44,7 @@ def _flow(options):
     print(f"flow of {done['videos']:,} videos, {done['flows']:,} frames; "
           f"lost: {done['lost'] or 'none'}")
 
-
+# %% ../../nbs/cli/06_data.ipynb #94599c0a
 def _summary(options): _show(Manifest.load(options.manifest))
 
 # %% ../../nbs/cli/06_data.ipynb #743464ce
@@ -80,7 +80,7 @@ def add_commands(parser: argparse.ArgumentParser):
 # %% ../../nbs/cli/06_data.ipynb #a24396f0
 ARCHIVE = "archive to unpack there first; may be given several times"
 
-
+# %% ../../nbs/cli/06_data.ipynb #51f691cc
 def _add_videos(parser):
     parser.add_argument("--videos", help="folder of the videos")
     parser.add_argument("--archive", action="append", default=[], help=ARCHIVE)
@@ -89,13 +89,13 @@ def _add_videos(parser):
                         "frame only, instead of decoding all")
     parser.set_defaults(annotations=None)
 
-
+# %% ../../nbs/cli/06_data.ipynb #8272db65
 def _add_images(parser):
     parser.add_argument("--images", required=True, help="folder of the images")
     parser.add_argument("--archive", action="append", default=[], help=ARCHIVE)
     parser.add_argument("--out", required=True, help="manifest to write, .csv")
 
-
+# %% ../../nbs/cli/06_data.ipynb #ff6c18e6
 def _add_copies(parser):
     parser.add_argument("manifest")
     parser.add_argument("--folder", required=True, help="folder for the copies")
@@ -103,7 +103,7 @@ def _add_copies(parser):
     parser.add_argument("--short-side", type=int, default=256,
                         help="pixels (default: %(default)s)")
 
-
+# %% ../../nbs/cli/06_data.ipynb #f86ca347
 def _add_flow(parser):
     parser.add_argument("manifest")
     parser.add_argument("--folder", required=True, help="folder for the flow files")
@@ -121,7 +121,7 @@ DESCRIPTION = ("Prepare data sets: manifests from official annotation files, sma
                "optical flow. Nothing is downloaded. Each command can be stopped and started "
                "again.")
 
-
+# %% ../../nbs/cli/06_data.ipynb #c537b27f
 def main(arguments: list | None = None, program: str = "attnnas data") -> int:
     """Run a command.
 

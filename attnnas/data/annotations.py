@@ -30,7 +30,7 @@ class Listed:
     split: str
     also: str = ""
 
-
+# %% ../../nbs/data/17_annotations.ipynb #4f54fe89
 class Listing(NamedTuple):
     "videos: a Listed each. classes: class names in the order of their labels."
     videos: list
@@ -41,7 +41,7 @@ _SPLITS = {"train": "train", "training": "train",
            "val": "validation", "validate": "validation", "validation": "validation",
            "test": "test", "testing": "test", "holdout": "holdout"}
 
-
+# %% ../../nbs/data/17_annotations.ipynb #a6758adf
 def _lines(path: Path) -> list:
     "Return the lines of a text file that hold something. Raises: AttnnasError."
     try: lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -49,7 +49,7 @@ def _lines(path: Path) -> list:
         raise AttnnasError(f"Could not read the annotations {path}: {error}.") from None
     return [line for line in lines if line.strip()]
 
-
+# %% ../../nbs/data/17_annotations.ipynb #206d9af4
 def _some(folder: Path, *patterns: str) -> list:
     "Return the files below `folder` with one of `patterns`, sorted. Raises: AttnnasError."
     found = {path for pattern in patterns for path in Path(folder).rglob(pattern) if path.is_file()}
@@ -75,7 +75,7 @@ def kinetics(folder) -> Listing:
         for row in lines: listed.append(_kinetics_row(row, path, lines.line_num))
     return Listing(listed, sorted({video.label for video in listed}))
 
-
+# %% ../../nbs/data/17_annotations.ipynb #d10b6d89
 def _kinetics_row(row: dict, path: Path, line: int) -> Listed:
     name = row.get("split") or path.stem.split("_")[-1]
     split = choose(name.lower(), _SPLITS, f"split in {path}")
@@ -129,7 +129,7 @@ def ucf101(folder) -> Listing:
             listed.append(Listed(file, label, split))
     return Listing(listed, names)
 
-
+# %% ../../nbs/data/17_annotations.ipynb #563073df
 def hmdb51(folder) -> Listing:
     """Read CLASS_test_split1.txt to CLASS_test_split3.txt.
 
@@ -165,7 +165,7 @@ class DataSet:
     source: str
     where: str
 
-
+# %% ../../nbs/data/17_annotations.ipynb #1b579b65
 def _folds(*pairs: tuple) -> dict:
     "Return {train1: n, test1: n, train2: ...} of pairs (training, test)."
     counts = {}
@@ -174,7 +174,7 @@ def _folds(*pairs: tuple) -> dict:
         counts[f"test{fold}"] = test
     return counts
 
-
+# %% ../../nbs/data/17_annotations.ipynb #a6936be4
 _MOMENTS = ("Fill in the form at http://moments.csail.mit.edu/ and download the archive of the "
             "videos, which also holds trainingSet.csv, validationSet.csv and "
             "moments_categories.txt.")

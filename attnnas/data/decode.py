@@ -24,7 +24,7 @@ from .unreadable import Unreadable, check_file, limited
 # %% ../../nbs/data/12_decode.ipynb #5f262579
 MAX_PIXELS = 2**26      # of a frame: 8192 x 8192
 
-
+# %% ../../nbs/data/12_decode.ipynb #af7dd2d5
 @contextmanager
 def _opened(path: Path, max_pixels: int):
     "Open a container and its video stream; an error of FFmpeg meanwhile becomes Unreadable."
@@ -44,11 +44,11 @@ def _opened(path: Path, max_pixels: int):
         except (av.error.FFmpegError, ValueError, OSError, MemoryError) as error:
             raise _because(error, path, "damaged") from None
 
-
+# %% ../../nbs/data/12_decode.ipynb #49ae61e8
 def _because(error: Exception, path: Path, reason: str) -> Unreadable:
     return Unreadable(path, reason, getattr(error, "strerror", None) or error)
 
-
+# %% ../../nbs/data/12_decode.ipynb #0129707d
 def _video_stream(container, path: Path):
     "Return the first video stream; the cover of a song is no video. Raises: Unreadable."
     cover = pyav().stream.Disposition.attached_pic
@@ -56,7 +56,7 @@ def _video_stream(container, path: Path):
         if not stream.disposition & cover: return stream
     raise Unreadable(path, "no video stream" if container.streams else "not a video")
 
-
+# %% ../../nbs/data/12_decode.ipynb #ba281cba
 def _set_up(stream, path: Path, max_pixels: int):
     "Prepare the decoder of a stream. Raises: Unreadable where it has none, or is too large."
     context = stream.codec_context
@@ -104,7 +104,7 @@ def _scan(container, stream, path: Path, stop: threading.Event) -> tuple[list, l
     first = min(keys)           # what comes before the first key frame cannot be decoded
     return sorted(t for t in times if t >= first), sorted(keys)
 
-
+# %% ../../nbs/data/12_decode.ipynb #68f73487
 def _images(frames: Iterable, path: Path, stop: threading.Event):
     "Yield RGB images (H, W, 3) of decoded frames, upright, all of the size of the first."
     # One converter for all frames is twice as fast as one for each.
@@ -136,7 +136,7 @@ def _by_time(container, stream, times, keys, indices, path, stop) -> dict:
     images = list(_images(wanted(), path, stop))
     return dict(zip(chosen, images))
 
-
+# %% ../../nbs/data/12_decode.ipynb #bc6b25f3
 def _read_pyav(path: Path, pick: Callable, max_pixels: int, stop: threading.Event) -> Frames:
     with _opened(path, max_pixels) as (container, stream):
         times, keys = _scan(container, stream, path, stop)
@@ -191,7 +191,7 @@ def _read_torchcodec(path: Path, pick: Callable, max_pixels: int,
     times = batch.pts_seconds - (known.begin_stream_seconds or 0)
     return Frames(batch.data.numpy(), indices, times.tolist(), count)
 
-
+# %% ../../nbs/data/12_decode.ipynb #6c00f69d
 BACKENDS = {"pyav": _read_pyav, "torchcodec": _read_torchcodec}
 
 # %% ../../nbs/data/12_decode.ipynb #f924debf
@@ -230,7 +230,7 @@ class VideoInfo:
     height: int
     rate: float
 
-
+# %% ../../nbs/data/12_decode.ipynb #aa1a2a63
 def probe(path, full: bool = True, max_pixels: int = MAX_PIXELS,
           stop: threading.Event | None = None) -> VideoInfo:
     """Say what the video at `path` is.

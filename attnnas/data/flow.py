@@ -32,25 +32,25 @@ def _cv2():
                            "pip install attnnas[video]")
     return cv2
 
-
+# %% ../../nbs/data/08_flow.ipynb #bb3b922c
 def _tvl1(**options) -> Callable:
     solver = _cv2().optflow.DualTVL1OpticalFlow_create(**({"nscales": 10} | options))
     return lambda first, second: solver.calc(first, second, None)
 
-
+# %% ../../nbs/data/08_flow.ipynb #7539fb74
 def _dis(**options) -> Callable:
     cv2 = _cv2()
     solver = cv2.DISOpticalFlow_create(options.get("preset", cv2.DISOPTICAL_FLOW_PRESET_MEDIUM))
     return lambda first, second: solver.calc(first, second, None)
 
-
+# %% ../../nbs/data/08_flow.ipynb #c2b0b031
 def _farneback(**options) -> Callable:
     settings = dict(pyr_scale=.5, levels=3, winsize=15, iterations=3, poly_n=5, poly_sigma=1.2,
                     flags=0) | options
     cv2 = _cv2()
     return lambda first, second: cv2.calcOpticalFlowFarneback(first, second, None, **settings)
 
-
+# %% ../../nbs/data/08_flow.ipynb #ac680da4
 METHODS = {"tvl1": _tvl1, "dis": _dis, "farneback": _farneback}
 
 # %% ../../nbs/data/08_flow.ipynb #b926f835
@@ -78,7 +78,7 @@ def flows(frames: Iterable[np.ndarray], method: str = "tvl1", **options):
     if before is None: return
     yield np.zeros((2, *before.shape), np.float32) if flow is None else flow.copy()
 
-
+# %% ../../nbs/data/08_flow.ipynb #5dc36a3d
 def optical_flow(video: Tensor, method: str = "tvl1", **options) -> Tensor:
     "Return the flow of one clip: uint8 (3, T, H, W) -> float32 (2, T, H, W). See `flows`."
     frames = video.permute(1, 2, 3, 0).contiguous().cpu().numpy()
@@ -87,12 +87,12 @@ def optical_flow(video: Tensor, method: str = "tvl1", **options) -> Tensor:
 # %% ../../nbs/data/08_flow.ipynb #88001bb8
 BOUND = 20.0
 
-
+# %% ../../nbs/data/08_flow.ipynb #7d492b43
 def to_bytes(flow: Tensor, bound: float = BOUND) -> Tensor:
     "Return flow in pixels as bytes, any shape: 128 is zero, 1 and 255 are -bound and +bound."
     return (flow.clamp(-bound, bound) * (127 / bound)).round().add(128).to(torch.uint8)
 
-
+# %% ../../nbs/data/08_flow.ipynb #8e192aed
 def from_bytes(data: Tensor, bound: float = BOUND) -> Tensor:
     """Return what `to_bytes` stored, in pixels, float32.
 
@@ -106,7 +106,7 @@ _RATE = 25
 # A key frame every 16 lets a clip begin anywhere.
 _X264 = {"preset": "veryfast", "g": "16", "bf": "0"}
 
-
+# %% ../../nbs/data/08_flow.ipynb #04777f52
 def write_flow(path, flows: Iterable, bound: float = BOUND, method: str = "",
                store: str = "lossless") -> int:
     """Write flows, one after the other, to a Matroska file, which appears when it is complete.
@@ -154,14 +154,14 @@ def flow_header(container, path) -> dict:
                            "`attnnas data flow`.")
     return header
 
-
+# %% ../../nbs/data/08_flow.ipynb #97b33fd7
 def _seen(frame) -> np.ndarray:
     "Return the bytes (H, W) of a decoded frame's first plane; decoders call grey by many names."
     plane = frame.planes[0]
     lines = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
     return lines[:, :plane.width]
 
-
+# %% ../../nbs/data/08_flow.ipynb #e7e94e78
 def read_flow(path, pick=range) -> Tensor:
     """Read flows of a file by number, in any order: float32 (2, T, H, W), in pixels.
 
@@ -204,7 +204,7 @@ def mirror_flow(flow: Tensor) -> Tensor:
     ones = [1] * (flow.ndim - 1)
     return flow.flip(-1) * torch.tensor([-1., 1.]).reshape(2, *ones)
 
-
+# %% ../../nbs/data/08_flow.ipynb #6ca64b1b
 @lru_cache
 def flow_tensor() -> type:
     """Return the tensor type of a flow (..., 2, H, W) for transforms of torchvision v2.
@@ -253,7 +253,7 @@ def flow_tensor() -> type:
 # %% ../../nbs/data/08_flow.ipynb #96e81d6b
 SMALL = dict(levels=2, winsize=7, iterations=2, poly_n=5, poly_sigma=1.1)
 
-
+# %% ../../nbs/data/08_flow.ipynb #0bc51e53
 def flow_clips(clips: Clips, keep_colours: bool = False, progress: bool = False) -> Clips:
     """Return the flow of `clips` as clips: bytes as in `to_bytes`, with the bound W / 8.
 

@@ -32,12 +32,12 @@ def look_at_video(path: str, reading, root: Path, full: bool) -> dict:
     except Unreadable as error: return {"status": error.reason, "detail": error.detail}
     return found | {"status": "ok", "detail": "", "hash": file_hash(root / path)}
 
-
+# %% ../../nbs/data/20_prepare.ipynb #85795256
 def readable_paths(manifest: Manifest) -> list:
     "Return the paths of the rows that are not lost, each once."
     return list(dict.fromkeys(row.path for row in manifest.rows if row.status in READABLE))
 
-
+# %% ../../nbs/data/20_prepare.ipynb #9a0ae73e
 def check_name(out):
     "Raises: AttnnasError where a manifest could not have the name `out`."
     if Path(out).suffix == ".csv": return

@@ -60,7 +60,7 @@ def check_file(path):
     except FileNotFoundError: raise Unreadable(path, "missing") from None
     except OSError as error: raise Unreadable(path, "no access", error.strerror) from None
 
-
+# %% ../../nbs/data/11_unreadable.ipynb #d9943790
 def verify(path, expected: str):
     """Compare the content of a file with the hash that its manifest has.
 

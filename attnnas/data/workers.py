@@ -41,7 +41,7 @@ class _Worker:
     connection: Connection
     note: Tensor
 
-
+# %% ../../nbs/data/13_workers.ipynb #2c5e1899
 def _serve(connection, function: Callable, note: Tensor):
     "Answer tasks until the parent has no more of them, or is no more."
     torch.set_num_threads(1)
@@ -75,7 +75,7 @@ def _opencv_still():
     try: yield
     finally: cv2.setNumThreads(threads)
 
-
+# %% ../../nbs/data/13_workers.ipynb #87057b5a
 def _hire(crew: list, function: Callable, workers: int):
     "Start `workers` processes and append them to `crew`, one by one."
     context = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else None)
@@ -93,7 +93,7 @@ def _send(worker: _Worker, task):
     try: worker.connection.send(task)
     except OSError: pass        # it has died: its answer, which comes first, will say so
 
-
+# %% ../../nbs/data/13_workers.ipynb #ea540a53
 def _answer(worker: _Worker, task, time_limit: float | None):
     "Wait for a worker's answer. Raises: WorkerDied, or what the function raised."
     process = worker.process
@@ -117,7 +117,7 @@ def _answer(worker: _Worker, task, time_limit: float | None):
             how = f"(process {process.pid}) gave no answer for {time_limit:g} seconds and was ended"
             raise WorkerDied(task, int(worker.note[0]), how)
 
-
+# %% ../../nbs/data/13_workers.ipynb #f808795a
 def _death(worker: _Worker, task) -> WorkerDied:
     "Say how the process of a worker ended."
     process = worker.process
