@@ -15,22 +15,30 @@ from .spec import CellSpec
 
 # %% ../../nbs/cells/03_cell.ipynb #c4c01533
 def standardise(width: int, wanted: bool = True, **factory) -> nn.Module:
-    "Batch norm without scale or shift: features of mean 0 and variance 1. Nothing if not `wanted`. [choice]"
+    """Make a batch norm without scale or shift: features of mean 0 and variance 1. [choice]
+
+    width: channels.
+    wanted: if not, the module does nothing.
+    """
     return nn.BatchNorm3d(width, affine=False, **factory) if wanted else nn.Identity()
 
 
 def zero_norm(channels: int, **factory) -> nn.BatchNorm3d:
-    "Batch norm whose scale starts at zero: a residual branch that ends with it starts as nothing. [choice]"
+    """Make a batch norm whose scale starts at zero. [choice]
+
+    A residual branch that ends with it starts as nothing.
+    """
     norm = nn.BatchNorm3d(channels, **factory)
     nn.init.zeros_(norm.weight)
     return norm
 
 
 def weighted_sum(features, weights: torch.Tensor) -> torch.Tensor:
-    "sum_i weights[i] * features[i]"
+    "Return sum_i weights[i] * features[i]."
     first, *rest = weights.unbind()
     total = features[0] * first
-    for feature, weight in zip(features[1:], rest): total = torch.addcmul(total, feature, weight)
+    for feature, weight in zip(features[1:], rest):
+        total = torch.addcmul(total, feature, weight)
     return total
 
 
@@ -40,30 +48,41 @@ def concatenate(features) -> torch.Tensor:
 
 # %% ../../nbs/cells/03_cell.ipynb #ef30f8ff
 class AttentionCell(nn.Module):
-    """The cell that `spec` describes: (B, C, T, H, W) -> the same shape; a new one is the identity.
+    """Compute the cell that `spec` describes: (B, C, T, H, W) -> the same shape.
 
-    f_0 = 1x1x1 convolution C -> d of the input; f_k = operation k of the weighted sum of the f that it reads
-    (learnable, initially 1 / number read); output = x + BN(1x1x1 convolution of the concatenated outputs).
-    `normalise` [choice]: batch norm without scale and shift on f_0 and on every operation's output.
+    f_0 = 1x1x1 convolution C -> d of the input. f_k = operation k of the weighted sum of the f that
+    it reads (the weights are learnable, and initially 1 / number read). Output = x + BN(1x1x1
+    convolution of the concatenated outputs). A new cell is the identity.
+
+    channels: C, those of the backbone.
+    spec: the cell's description.
+    normalise: whether f_0 and every operation's output are standardised [choice].
     Raises: AttnnasError for an input that is not (B, channels, T, H, W).
     Source: talk (cell level); stem, initial weights and zero-initialised BN [choice].
     """
-    def __init__(self, channels: int, spec: CellSpec, normalise: bool = True, device=None, dtype=None):
+    def __init__(self, channels: int, spec: CellSpec, normalise: bool = True,
+                 device=None, dtype=None):
         super().__init__()
-        factory, width = dict(device=device, dtype=dtype), spec.width
-        self.channels, self.spec = channels, spec
+        factory = {"device": device, "dtype": dtype}
+        width = spec.width
+        self.channels = channels
+        self.spec = spec
         self.stem = Pointwise(channels, width, bias=not normalise, **factory)
-        self.operations = nn.ModuleList(create_operation(op.dimension, op.type, op.activation, width, **factory)
-                                        for op in spec.operations)
-        self.input_weights = nn.ParameterList(torch.full((len(i),), 1 / len(i), **factory) for i in spec.inputs)
-        self.norms = nn.ModuleList(standardise(width, normalise, **factory) for _ in range(len(spec.operations) + 1))
+        self.operations = nn.ModuleList(
+            create_operation(op.dimension, op.type, op.activation, width, **factory)
+            for op in spec.operations)
+        self.input_weights = nn.ParameterList(
+            torch.full((len(read),), 1 / len(read), **factory) for read in spec.inputs)
+        self.norms = nn.ModuleList(
+            standardise(width, normalise, **factory) for _ in range(len(spec.operations) + 1))
         self.combine = Pointwise(len(spec.outputs) * width, channels, bias=False, **factory)
         self.zero_norm = zero_norm(channels, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_features(x, self.channels)
         f = [self.norms[0](self.stem(x))]
-        for inputs, weights, operation, norm in zip(self.spec.inputs, self.input_weights, self.operations, self.norms[1:]):
+        parts = zip(self.spec.inputs, self.input_weights, self.operations, self.norms[1:])
+        for inputs, weights, operation, norm in parts:
             f.append(norm(operation(weighted_sum([f[i] for i in inputs], weights))))
         return x + self.zero_norm(self.combine(concatenate([f[k] for k in self.spec.outputs])))
 

@@ -16,24 +16,34 @@ from .supergraph import Supergraph
 
 # %% ../../nbs/cells/06_fused.ipynb #30214366
 def project(f_in: torch.Tensor, layers, nodes: int) -> torch.Tensor:
-    """All linear layers of some nodes in one product: (nodes, tokens, outputs of one node's layers).
+    """Apply all linear layers of some nodes in one product.
 
-    `layers`: equally many nn.Linear of each node, one node after the other. f_in: (tokens, d), read by every node, or
-    (nodes, tokens, d), each its own.
+    f_in: (tokens, d), read by every node, or (nodes, tokens, d), each its own.
+    layers: equally many nn.Linear of each node, one node after the other.
+    nodes: how many nodes there are.
+    Returns: (nodes, tokens, outputs of one node's layers).
     """
-    weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
-    if f_in.ndim == 2: return F.linear(f_in, weight, bias).unflatten(1, (nodes, -1)).movedim(1, 0)
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = torch.cat([layer.bias for layer in layers])
+    if f_in.ndim == 2:
+        return F.linear(f_in, weight, bias).unflatten(1, (nodes, -1)).movedim(1, 0)
     return torch.baddbmm(bias.view(nodes, 1, -1), f_in, weight.unflatten(0, (nodes, -1)).mT)
 
 # %% ../../nbs/cells/06_fused.ipynb #a847304b
 def standardise_together(f: torch.Tensor, norms) -> torch.Tensor:
-    "f (tokens, nodes * d) through the nodes' norms, which `standardise` made, in one call."
+    """Apply the nodes' norms, which `standardise` made, in one call.
+
+    f: (tokens, nodes * d).
+    Returns: the same shape; the norms' running statistics are updated as if each ran alone.
+    """
     norm = norms[0]
     if isinstance(norm, nn.Identity): return f
-    mean, var = (torch.cat([getattr(n, name) for n in norms]) for name in ("running_mean", "running_var"))
+    mean = torch.cat([n.running_mean for n in norms])
+    var = torch.cat([n.running_var for n in norms])
     f = F.batch_norm(f, mean, var, training=norm.training, momentum=norm.momentum, eps=norm.eps)
     if norm.training:
-        for n, m, v in zip(norms, mean.split(norm.num_features), var.split(norm.num_features)):
+        parts = zip(norms, mean.split(norm.num_features), var.split(norm.num_features))
+        for n, m, v in parts:
             n.running_mean.copy_(m)
             n.running_var.copy_(v)
             n.num_batches_tracked.add_(1)
@@ -41,23 +51,35 @@ def standardise_together(f: torch.Tensor, norms) -> torch.Tensor:
 
 # %% ../../nbs/cells/06_fused.ipynb #826e50eb
 def run_level(operations, members, f_in, clip, pool_keys: bool = False) -> torch.Tensor:
-    """One level's operations, before they are standardised: (tokens, nodes * d).
+    """Run one level's operations, before they are standardised.
 
-    `members`: type -> numbers of the nodes of that type. `f_in`: what `project` takes, for each of these.
-    `clip`: (B, T, H, W).
+    operations: the level's modules.
+    members: type -> numbers of the nodes of that type.
+    f_in: what `project` takes, for each of these types.
+    clip: (B, T, H, W).
+    pool_keys: as in FusedSupergraph.
+    Returns: (tokens, nodes * d).
     """
     out = [None] * len(operations)
     for (kind, numbers), f in zip(members.items(), f_in):
         names = OPERATIONS[kind].projections
-        made = project(f, [getattr(operations[j], name) for j in numbers for name in names], len(numbers))
-        for j, y in zip(numbers, made): out[j] = operations[j].finish(y.unflatten(0, clip), pool_keys)
+        layers = [getattr(operations[j], name) for j in numbers for name in names]
+        made = project(f, layers, len(numbers))
+        for j, y in zip(numbers, made):
+            out[j] = operations[j].finish(y.unflatten(0, clip), pool_keys)
     return torch.stack(out, -2).view(len(made[0]), -1)
 
 # %% ../../nbs/cells/06_fused.ipynb #9c929541
 def run_sink(f_out, weight: torch.Tensor, sink_weights: torch.Tensor) -> torch.Tensor:
-    "sum_ij w_ij G_ij f_ij from each level's (tokens, nodes * d), G = `weight` (C, levels * nodes * d): (tokens, C)."
+    """Return sum_ij w_ij G_ij f_ij as tokens (tokens, C).
+
+    f_out: each level's features (tokens, nodes * d).
+    weight: G (C, levels * nodes * d).
+    sink_weights: w (levels, nodes).
+    """
     each = sink_weights.flatten().repeat_interleave(weight.shape[1] // sink_weights.numel())
-    if len(f_out[0]) < len(weight): return F.linear(torch.cat(f_out, 1) * each, weight)
+    fewer_tokens = len(f_out[0]) < len(weight)
+    if fewer_tokens: return F.linear(torch.cat(f_out, 1) * each, weight)
     first, *blocks = (weight * each).chunk(len(f_out), 1)
     total = f_out[0] @ first.mT
     for f, block in zip(f_out[1:], blocks): total = torch.addmm(total, f, block.mT)
@@ -65,32 +87,41 @@ def run_sink(f_out, weight: torch.Tensor, sink_weights: torch.Tensor) -> torch.T
 
 # %% ../../nbs/cells/06_fused.ipynb #b322e6f3
 class FusedSupergraph(Supergraph):
-    """A Supergraph that computes the nodes of a level together: (B, C, T, H, W) -> the same shape.
+    """Compute a Supergraph with the nodes of a level together: (B, C, T, H, W) -> the same shape.
 
-    Arguments, parameters, state and function are those of Supergraph (tests hold it to that). `pool_keys` [choice]:
-    max-pool the keys and values of spatial and spatiotemporal dot-products; an approximation.
-    Raises: AttnnasError as Supergraph. Source: talk ("Supergraph and Connection Weights").
+    Arguments, parameters, state and function are those of Supergraph (tests hold it to that).
+
+    pool_keys: max-pool the keys and values of spatial and spatiotemporal pairwise operations, an
+        approximation [choice].
+    Raises: AttnnasError as Supergraph.
+    Source: talk ("Supergraph and Connection Weights").
     """
     def __init__(self, *args, pool_keys: bool = False, **options):
         super().__init__(*args, **options)
-        members = {kind: [j for j, node in enumerate(self.nodes) if node.type == kind] for kind in OPERATIONS}
-        self.members = {kind: numbers for kind, numbers in members.items() if numbers}
+        self.members = {}
+        for kind in OPERATIONS:
+            numbers = [j for j, node in enumerate(self.nodes) if node.type == kind]
+            if numbers: self.members[kind] = numbers
         self.pool_keys = pool_keys
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_features(x, self.channels)
         b, c, *clip = x.shape
-        n, order = len(self.nodes), sum(self.members.values(), [])
+        n = len(self.nodes)
+        order = sum(self.members.values(), [])
+        counts = [len(numbers) for numbers in self.members.values()]
         f_0 = F.linear(x.movedim(1, -1).reshape(-1, c), self.stem.weight, self.stem.bias)
-        f_in, f_out = [standardise_together(f_0, self.norms[:1])] * len(self.members), []
+        f_in = [standardise_together(f_0, self.norms[:1])] * len(self.members)
+        f_out = []
         level_weights = self.connections.level_weights()[:, order]
         for i, operations in enumerate(self.operations):
             if i:
-                mixed = torch.tensordot(level_weights[i - 1], f_out[-1].unflatten(1, (n, -1)), ([1], [1]))
-                f_in = mixed.split([len(numbers) for numbers in self.members.values()])
+                features = f_out[-1].unflatten(1, (n, -1))
+                f_in = torch.tensordot(level_weights[i - 1], features, ([1], [1])).split(counts)
             f = run_level(operations, self.members, f_in, (b, *clip), self.pool_keys)
             f_out.append(standardise_together(f, self.norms[1 + i * n:1 + (i + 1) * n]))
-        y = run_sink(f_out, self.combine.weight, self.connections.sink_weights()).view(b, *clip, c).movedim(-1, 1)
+        y = run_sink(f_out, self.combine.weight, self.connections.sink_weights())
+        y = y.view(b, *clip, c).movedim(-1, 1)
         # A norm and a sum of tensors that lie differently in memory are several times slower.
         layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last_3d
         return x + self.zero_norm(y.contiguous(memory_format=layout))

@@ -45,47 +45,63 @@ def level_nodes(names=TALK, activations: str = "fixed") -> tuple[OperationSpec, 
 def _node(name: str, activations: str) -> OperationSpec:
     dimension, blank, type = str(name).partition(" ")
     if not blank:
-        raise AttnnasError(f"A node is named by its dimension and type, as in {TALK[0]!r}; got {name!r}.")
+        raise AttnnasError(f"A node is named by its dimension and type, as in {TALK[0]!r}; "
+                           f"got {name!r}.")
     default = choose(type, OPERATIONS, "type").default_activation
     return OperationSpec(dimension, type, default if activations == "fixed" else "mixture")
 
 # %% ../../nbs/cells/04_supergraph.ipynb #ff802ec0
 class ConnectionWeights(nn.Module):
-    """The numbers a search learns: how much of every node reaches each node of the next level, and the sink.
+    """Hold the numbers that a search learns.
 
-    Parameters `level` (levels - 1, nodes, nodes) = [level i + 2, node j, predecessor k] and `sink` (levels, nodes);
-    with `activations` "mixture" also `mixtures`, four logits for each node of each level, in that order.
-    `parameterisation` [choice]: "softmax" (over predecessors; for the sink over all nodes) or "free". All
-    start with equal weights. Source: talk (w_level, w_sink); mixtures [choice].
+    They say how much of every node reaches each node of the next level, and the sink. All start
+    with equal weights.
+
+    Parameters: `level` (levels - 1, nodes, nodes) = [level i + 2, node j, predecessor k] and `sink`
+    (levels, nodes); with "mixture" also `mixtures`, four logits for each node of each level, in
+    that order.
+
+    levels, nodes: m and n.
+    parameterisation: "softmax" (over predecessors; for the sink over all nodes) or "free" [choice].
+    activations: "fixed", or "mixture" if every node mixes the four.
+    Raises: AttnnasError for an unknown name.
+    Source: talk (w_level, w_sink); mixtures [choice].
     """
-    def __init__(self, levels: int, nodes: int, parameterisation: str = "softmax", activations: str = "fixed",
-                 device=None, dtype=None):
+    def __init__(self, levels: int, nodes: int, parameterisation: str = "softmax",
+                 activations: str = "fixed", device=None, dtype=None):
         super().__init__()
         self.parameterisation = choose(parameterisation, ("softmax", "free"), "parameterisation")
         self.activations = choose(activations, KINDS, "kind of activations")
-        factory, free = dict(device=device, dtype=dtype), parameterisation == "free"
-        new = lambda shape, share: nn.Parameter(torch.full(shape, share if free else 0.0, **factory))
-        self.level = new((levels - 1, nodes, nodes), 1 / nodes)
-        self.sink = new((levels, nodes), 1 / (levels * nodes))
+        factory = {"device": device, "dtype": dtype}
+        free = parameterisation == "free"
+        level = torch.full((levels - 1, nodes, nodes), 1 / nodes if free else 0.0, **factory)
+        sink = torch.full((levels, nodes), 1 / (levels * nodes) if free else 0.0, **factory)
         count = levels * nodes if activations == "mixture" else 0
-        self.mixtures = nn.ParameterList(torch.zeros(len(ACTIVATIONS), **factory) for _ in range(count))
+        self.level = nn.Parameter(level)
+        self.sink = nn.Parameter(sink)
+        self.mixtures = nn.ParameterList(
+            torch.zeros(len(ACTIVATIONS), **factory) for _ in range(count))
 
     def level_weights(self) -> torch.Tensor:
-        "w_level (levels - 1, nodes, nodes), as applied."
+        "Return w_level (levels - 1, nodes, nodes), as applied."
         return self.level if self.parameterisation == "free" else self.level.softmax(-1)
 
     def sink_weights(self) -> torch.Tensor:
-        "w_sink (levels, nodes), as applied."
-        return self.sink if self.parameterisation == "free" else self.sink.flatten().softmax(0).view_as(self.sink)
+        "Return w_sink (levels, nodes), as applied."
+        if self.parameterisation == "free": return self.sink
+        return self.sink.flatten().softmax(0).view_as(self.sink)
 
     def activation_weights(self) -> torch.Tensor | None:
-        "Weights (levels, nodes, 4) of the activations in every node's mixture; None where they are fixed."
+        """Return the weights (levels, nodes, 4) of the activations in every node's mixture.
+
+        Returns: None where the activations are fixed.
+        """
         if self.activations == "fixed": return None
         return torch.stack(list(self.mixtures)).softmax(-1).view(*self.sink.shape, -1)
 
 # %% ../../nbs/cells/04_supergraph.ipynb #491c1e9b
 def mix(weights: torch.Tensor, features) -> tuple[torch.Tensor, ...]:
-    "sum_k weights[j, k] * features[k], for every j."
+    "Return sum_k weights[j, k] * features[k], for every j."
     stacked = torch.stack([f.movedim(1, -1) for f in features])
     return torch.tensordot(weights, stacked, 1).movedim(-1, 2).unbind()
 
@@ -93,55 +109,77 @@ def mix(weights: torch.Tensor, features) -> tuple[torch.Tensor, ...]:
 def _decided(operations, activations):
     "One level's nodes, each with its activation: its own, or the mixture."
     nodes = level_nodes(activations=activations) if operations is None else tuple(operations)
-    if activations == "mixture": return tuple(replace(node, activation="mixture") for node in nodes)
+    if activations == "mixture":
+        return tuple(replace(node, activation="mixture") for node in nodes)
     undecided = [str(node) for node in nodes if node.activation == "mixture"]
     if undecided or not nodes:
-        raise AttnnasError(f"A level needs nodes with a decided activation, got {undecided or 'none'}. Pass "
-                           'activations="mixture" to learn the activations.')
+        raise AttnnasError(
+            f"A level needs nodes with a decided activation, got {undecided or 'none'}. "
+            'Pass activations="mixture" to learn the activations.')
     return nodes
+
 
 def _check_fit(connections, levels, nodes, activations):
     given = (*connections.sink.shape, connections.activations)
-    if given != (levels, nodes, activations):
-        raise AttnnasError(f"Connection weights for {given} levels, nodes and activations do not fit a supergraph of "
-                           f"{(levels, nodes, activations)}.")
+    expected = (levels, nodes, activations)
+    if given != expected:
+        raise AttnnasError(f"Connection weights for {given} levels, nodes and activations "
+                           f"do not fit a supergraph of {expected}.")
 
 # %% ../../nbs/cells/04_supergraph.ipynb #c4f60da4
 class Supergraph(nn.Module):
-    """m levels of n nodes and a sink: (B, C, T, H, W) -> the same shape; a new one is the identity.
+    """Compute m levels of n nodes and a sink: (B, C, T, H, W) -> the same shape.
 
-    f_0 = 1x1x1 convolution C -> d of the input; then the four equations of the talk ("Supergraph and Connection
-    Weights"); output = x + BN(sink), the BN's scale initially zero [choice].
-    `operations`: one level's nodes (None: `level_nodes()`). `connections`: None makes an own ConnectionWeights.
-    `activations`: "fixed" (as the nodes say) or "mixture" (of all four, in every node). `normalise`: as in a cell.
-    Raises: AttnnasError for undecided nodes, connections of another size, an input that is not (B, channels, T, H, W).
+    f_0 = 1x1x1 convolution C -> d of the input; then the four equations of the talk. Output =
+    x + BN(sink), the BN's scale initially zero [choice]: a new supergraph is the identity.
+
+    channels, width, levels: C, d and m.
+    operations: one level's nodes; default: `level_nodes()`.
+    connections: default: ConnectionWeights of its own.
+    activations: "fixed" (as the nodes say) or "mixture" (of all four, in every node).
+    normalise: as in a cell.
+    Raises: AttnnasError for undecided nodes, connections of another size, and an input that is not
+        (B, channels, T, H, W).
+    Source: talk ("Supergraph and Connection Weights").
     """
     def __init__(self, channels: int, width: int = 64, levels: int = 4, operations=None,
-                 connections: ConnectionWeights | None = None, activations: str = "fixed", normalise: bool = True,
-                 device=None, dtype=None):
+                 connections: ConnectionWeights | None = None, activations: str = "fixed",
+                 normalise: bool = True, device=None, dtype=None):
         super().__init__()
-        factory = dict(device=device, dtype=dtype)
+        factory = {"device": device, "dtype": dtype}
         self.nodes = _decided(operations, activations)
-        self.channels, self.width, self.levels = channels, width, levels
-        self.activations, self.normalise = activations, normalise
+        self.channels = channels
+        self.width = width
+        self.levels = levels
+        self.activations = activations
+        self.normalise = normalise
         n = len(self.nodes)
-        new = connections is None
-        self.connections = ConnectionWeights(levels, n, activations=activations, **factory) if new else connections
-        _check_fit(self.connections, levels, n, activations)
+        if connections is None:
+            connections = ConnectionWeights(levels, n, activations=activations, **factory)
+        self.connections = connections
+        _check_fit(connections, levels, n, activations)
         self.stem = Pointwise(channels, width, bias=not normalise, **factory)
-        self.operations = nn.ModuleList(
-            nn.ModuleList(create_operation(o.dimension, o.type, o.activation, width, **factory) for o in self.nodes)
-            for _ in range(levels))
-        for k, logits in enumerate(self.connections.mixtures): self.operations[k // n][k % n].mixture_logits = logits
-        self.norms = nn.ModuleList(standardise(width, normalise, **factory) for _ in range(levels * n + 1))
+        self.operations = nn.ModuleList(self._level(factory) for _ in range(levels))
+        for k, logits in enumerate(connections.mixtures):
+            self.operations[k // n][k % n].mixture_logits = logits
+        self.norms = nn.ModuleList(
+            standardise(width, normalise, **factory) for _ in range(levels * n + 1))
         self.combine = Pointwise(levels * n * width, channels, bias=False, **factory)
         self.zero_norm = zero_norm(channels, **factory)
 
+    def _level(self, factory) -> nn.ModuleList:
+        "One level's operations, new."
+        return nn.ModuleList(
+            create_operation(node.dimension, node.type, node.activation, self.width, **factory)
+            for node in self.nodes)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_features(x, self.channels)
-        n, f_out = len(self.nodes), []
+        n = len(self.nodes)
         f_in = [self.norms[0](self.stem(x))] * n
-        norms, level_weights = iter(self.norms[1:]), self.connections.level_weights()
+        f_out = []
+        norms = iter(self.norms[1:])
+        level_weights = self.connections.level_weights()
         for i, operations in enumerate(self.operations):
             if i: f_in = mix(level_weights[i - 1], f_out[-n:])
             f_out += [norm(operation(f)) for operation, norm, f in zip(operations, norms, f_in)]
@@ -149,4 +187,5 @@ class Supergraph(nn.Module):
 
     def _sink(self, f_out):
         w_sink = self.connections.sink_weights().flatten().repeat_interleave(self.width)
-        return F.linear(concatenate(f_out).movedim(1, -1), self.combine.weight * w_sink).movedim(-1, 1)
+        features = concatenate(f_out).movedim(1, -1)
+        return F.linear(features, self.combine.weight * w_sink).movedim(-1, 1)

@@ -94,10 +94,10 @@ class Operation(nn.Module):
 
     @classmethod
     def check(cls, dimension: str, activation: str):
-        "Accept the names that the type takes. Raises: AttnnasError naming the near miss of another."
+        "Accept the names that the type takes. Raises: AttnnasError for any other."
         choose(dimension, cls.dimensions, "dimension")
-        takes_all = cls.activations == ACTIVATIONS
-        choose(activation, (*cls.activations, "mixture") if takes_all else cls.activations, "activation")
+        mixture = ("mixture",) if cls.activations == ACTIVATIONS else ()
+        choose(activation, (*cls.activations, *mixture), "activation")
 
     def scaling(self):
         "Return what `activate` takes: the activation's name, or the mixture's four weights."

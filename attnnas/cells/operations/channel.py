@@ -14,10 +14,10 @@ from .base import Operation, Pointwise, check_features
 
 # %% ../../../nbs/cells/operations/04_channel.ipynb #56844bb0
 class SqueezeExcitation(Operation):
-    """Weigh every channel by what it holds along `dimension`: (B, d, T, H, W) -> the same shape.
+    """Weigh every channel by its mean over `dimension`: (B, d, T, H, W) -> the same shape.
 
-    U = 1x1x1 convolution of the input; z = mean of U over `dimension`; score = linear d -> d/4, ReLU,
-    linear d/4 -> d, of z. Output = p(score) * U.
+    U = 1x1x1 convolution of the input; z = mean of U over `dimension`; score = linear d -> d/4,
+    ReLU, linear d/4 -> d, of z. Output = p(score) * U.
     Softmax runs over all d channels and is multiplied by d: the weights' mean is 1.
 
     width, dimension, activation: as in Operation.

@@ -30,7 +30,8 @@ class DotProductAttention(Operation):
     pairwise = True
     boxstyle = "round,pad=0,rounding_size=2"
     taxonomy = {
-        "sequences": "self", "levels": "single-level", "positions": "soft", "representations": "single",
+        "sequences": "self", "levels": "single-level", "positions": "soft",
+        "representations": "single",
         "query": "features of a position", "key": "features of a position",
         "compatibility": "scaled dot product", "scaling": "any of four"}
 

@@ -17,7 +17,8 @@ class MapAttention(Operation):
     """Weigh every position of `dimension` once: (B, d, T, H, W) -> the same shape.
 
     score = 1x1x1 convolution d -> d/4, ReLU, mean over the axes that are not attended, convolution
-    of kernel 3 over the attended ones, d/4 -> 1. Output = p(score) * 1x1x1 convolution of the input.
+    of kernel 3 over the attended ones, d/4 -> 1.
+    Output = p(score) * 1x1x1 convolution of the input.
     Softmax runs over all P positions and is multiplied by P: the weights' mean is 1.
 
     width, dimension, activation: as in Operation.
@@ -30,7 +31,8 @@ class MapAttention(Operation):
     boxstyle = "round,pad=0,rounding_size=15"
     linestyle = "--"
     taxonomy = {
-        "sequences": "self", "levels": "single-level", "positions": "soft", "representations": "single",
+        "sequences": "self", "levels": "single-level", "positions": "soft",
+        "representations": "single",
         "query": "learned pattern", "key": "features around a position",
         "compatibility": "dot product", "scaling": "any of four"}
 
