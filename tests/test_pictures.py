@@ -11,7 +11,7 @@ from attnnas.core.seeds import seed_everything
 from attnnas.data import pictures, synthetic
 from attnnas.data.clips import Clips, to_float
 from attnnas.evidence.config import CHANNELS, EMBEDDED, DataConfig, ModelConfig, RunConfig
-from attnnas.evidence.plans import changed
+from attnnas.evidence.tables.table import changed
 from attnnas.evidence.run import build_model, check_run, fingerprint, open_data
 from attnnas.evidence.store import numbers_hash
 from attnnas.visual.networks import VISUAL_MODELS

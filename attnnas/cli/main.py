@@ -29,7 +29,7 @@ from ..evidence.batch import project_folder, reproduce
 from ..evidence.config import (EMBEDDED, DataConfig, ModelConfig, RunConfig, SearchConfig,
                                      TrainingConfig, load_tier, tiers)
 from ..evidence.executor import execute
-from ..evidence.plans import PLANS, planned
+from ..evidence.registry import EVIDENCE, planned
 from ..evidence.run import key_of, search_result
 from ..evidence.store import Store
 from ..cells.fused import FusedSupergraph
@@ -119,7 +119,7 @@ def _search(args):
 def _list(args):
     if args.what == "models": lines = [f"{name:16} {text}" for name, text in describe_models().items()]
     elif args.what == "operations": lines = [f"{d} {t} {a}" for d in DIMENSIONS for t in TYPES for a in ACTIVATIONS]
-    elif args.what == "templates": lines = [f"{name:24} {' '.join(t for t in tiers() if name in load_tier(t).templates)}" for name in PLANS]
+    elif args.what == "templates": lines = [f"{name:24} {' '.join(t for t in tiers() if name in load_tier(t).templates)}" for name in EVIDENCE]
     elif args.what == "tiers": lines = [f"{name:9} {len(planned(load_tier(name)))} runs without their searches" for name in tiers()]
     else: lines = [f"{r.key}  {r.run.label:40} {r.status:9} {r.test['top1'] if r.test else float('nan'):5.1f} %  {r.finished}"
                    for r in Store(args.results).records()] or [f"no finished runs in {Path(args.results) / 'runs'}"]

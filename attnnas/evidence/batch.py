@@ -24,10 +24,10 @@ from ..core.hashes import content_hash, source_hash
 from .claims import PROVING, write_claims
 from .config import Tier, load_tier
 from .executor import execute, with_sources
-from .plans import PLANS, planned
+from .registry import EVIDENCE, planned
 from .run import key_of
 from .store import Store
-from .tables import counted
+from .tables.statistics import counted
 
 # %% ../../nbs/evidence/10_batch.ipynb #fcc5e88e
 def project_folder() -> Path:
@@ -75,7 +75,7 @@ def run_template(name: str, parameters: dict, output) -> Path:
 # %% ../../nbs/evidence/10_batch.ipynb #46d1bf42
 def notebook_key(name: str, parameters: dict, tier: Tier, store: Store) -> str:
     "What an executed template depends on."
-    runs = with_sources(PLANS[name](tier)).values()
+    runs = with_sources(EVIDENCE[name].runs(tier)).values()
     known = store.known(runs) if parameters["rebuild"] else {}
     records = [known.get(run.hash) if parameters["rebuild"] else store.get(key_of(run)) for run in runs]
     package = Path(attnnas.__file__).parent
@@ -114,7 +114,7 @@ def reproduce(tier: str = "quick", results="reproduced", templates=(), device: s
     Raises: AttnnasError at the end, naming what failed.
     """
     setting, results = load_tier(tier), Path(results).resolve()
-    names = [choose(name, list(PLANS), "template") for name in (templates or (setting.templates if every else setting.first))]
+    names = [choose(name, list(EVIDENCE), "template") for name in (templates or (setting.templates if every else setting.first))]
     paths, store = {name: template_path(name) for name in names}, Store(results)
     parameters = {"tier": tier, "results": str(results), "device": device, "rebuild": rebuild}
     for path in paths.values(): check_parameters(path, parameters)
@@ -140,7 +140,7 @@ def reproduce(tier: str = "quick", results="reproduced", templates=(), device: s
 def _notebook(name: str, parameters: dict, tier: Tier, store: Store, output: Path) -> str:
     "Execute template `name` unless nothing changed. Raises: AttnnasError where its runs are missing, or it fails."
     if unchanged(output, notebook_key(name, parameters, tier, store)): return "unchanged"
-    missing = [] if parameters["rebuild"] else [run.label for key, run in with_sources(PLANS[name](tier)).items() if store.get(key) is None]
+    missing = [] if parameters["rebuild"] else [run.label for key, run in with_sources(EVIDENCE[name].runs(tier)).items() if store.get(key) is None]
     if missing: raise AttnnasError(f"{name} lacks {counted(len(missing), 'run')} that failed: {'; '.join(missing)}.")
     run_template(name, parameters, output)
     _stamp(output, notebook_key(name, parameters, tier, store))
