@@ -12,7 +12,6 @@ import dataclasses
 import numpy as np
 import torch
 
-from ..core.errors import AttnnasError
 from ..cells.derivation import Derivation, carry_over, random_cell
 from ..cells.space import SearchSpace
 from ..cells.spec import CellSpec
