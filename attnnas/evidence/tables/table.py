@@ -183,7 +183,7 @@ class Table:
         outcome = sentences(collected.rows, self.pairs)
         number = self.name.split("_")[1]
         title = f"Table {number} ({tier.name} tier): {self.title}"
-        note = f"{self.note} {ceiling_note(limits_of(collected.rows))}"
+        note = f"{self.note} {ceiling_note(limits_of(collected.rows))}".strip()
         return frame, table_text(title, frame, collected, outcome, note), outcome
 
     def draw(self, rows):
