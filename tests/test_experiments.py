@@ -1,4 +1,4 @@
-"""Evidence: a record is a function of its configuration, tables are functions of records, nothing finished is lost."""
+"""Evidence: tables are functions of records, and a plan says all runs before any has run."""
 import dataclasses
 from pathlib import Path
 
@@ -8,12 +8,13 @@ from attnnas.core.errors import AttnnasError
 from attnnas.evidence.config import RunConfig, load_tier, tiers
 from attnnas.evidence.executor import execute
 from attnnas.evidence.insertions import Insertion
-from attnnas.evidence.plans import planned, rows_of, table_1_nonlocal
+from attnnas.evidence.registry import EVIDENCE, planned
+from attnnas.evidence.claims import TABLES
 from attnnas.evidence.run import run
 from attnnas.evidence.sources import Generated
 from attnnas.evidence.store import Store
-from attnnas.evidence.tables import (Row, check_comparable, collect, comparison, published,
-                                     published_cells)
+from attnnas.evidence.tables.published import published
+from attnnas.evidence.tables.rows import Row, check_comparable, collect
 from attnnas.training.loop import TrainingConfig
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +30,7 @@ def test_a_diverged_run_is_recorded_and_shown_as_such(tmp_path):
     wild = dataclasses.replace(config(), training=TrainingConfig(epochs=3, batch_size=8, optimizer="sgd", learning_rate=1e8, clip_norm=1e9))
     record = run(wild, Store(tmp_path), "cpu")
     assert record.status == "diverged" and record.test is None and "epoch" in record.reason
-    frame = comparison([Row("A", "i3d_small", "backbone", (record,))], published(ROOT / "results/reference", "table_1_nonlocal"))
+    frame = TABLES["table_1_nonlocal"].comparison([Row("A", "i3d_small", "backbone", (record,))], ROOT / "results/reference")
     assert frame.loc[0, "note"] == "1 of 1 diverged" and frame.loc[0, "seeds"] == 0 and frame["top1"].isna().all()
 
 
@@ -61,22 +62,21 @@ def test_wrong_tiers_are_named(tmp_path):
 def test_committed_tables_are_rebuilt_from_the_committed_records_to_the_byte(tmp_path):
     "results/quick/table_1_nonlocal.csv holds nothing that is not in results/runs."
     tier = load_tier("quick")
-    plan = table_1_nonlocal(tier)
+    plan = TABLES["table_1_nonlocal"].plan(tier)
     records = iter(execute([c for runs in plan.values() for c in runs], Store(ROOT / "results"), rebuild=True))
     rows = [Row(*name, tuple(next(records) for _ in runs)) for name, runs in plan.items()]
     check_comparable(rows)
-    from attnnas.evidence.tables import write_table
-    path = write_table(tmp_path, "table", comparison(rows, published(ROOT / "results/reference", "table_1_nonlocal")), "")[0]
+    from attnnas.evidence.tables.text import write_table
+    path = write_table(tmp_path, "table", TABLES["table_1_nonlocal"].comparison(rows, ROOT / "results/reference"), "")[0]
     assert path.read_bytes() == (ROOT / "results/quick/table_1_nonlocal.csv").read_bytes()
 
 
 @pytest.mark.parametrize("tier", ["quick", "ablation"])
 def test_the_committed_ablation_is_rebuilt_from_the_committed_records_to_the_byte(tier, tmp_path):
     "results/<tier>/ablation_search.csv holds nothing that is not in results/runs."
-    from attnnas.evidence.ablation import ablation_frame
-    from attnnas.evidence.plans import ablation_search
-    from attnnas.evidence.tables import write_table
-    plan = ablation_search(load_tier(tier))
+    from attnnas.evidence.ablation import ablation_frame, ablation_plan
+    from attnnas.evidence.tables.text import write_table
+    plan = ablation_plan(load_tier(tier))
     frame = ablation_frame(plan, execute(plan.values(), Store(ROOT / "results"), rebuild=True))
     assert write_table(tmp_path, "table", frame, "")[0].read_bytes() == (ROOT / f"results/{tier}/ablation_search.csv").read_bytes()
 
@@ -92,7 +92,7 @@ def test_the_committed_ablation_is_rebuilt_from_the_committed_records_to_the_byt
     ("table_4_datasets", "B", "i3d_small", "derived cell", None, None), ("table_1_nonlocal", "A", "i3d_small", "random cell", None, None),
     ("table_1_nonlocal", "A", "c3d", "backbone", None, None)])
 def test_published_numbers_stand_beside_the_rows_that_are_theirs(table, data, backbone, model, top1, delta):
-    found = published_cells(published(ROOT / "results/reference", table), Row(data, backbone, model, ()))
+    found = TABLES[table].published.cells(published(ROOT / "results/reference", table), Row(data, backbone, model, ()))
     assert found["published_top1"] == top1 and bool(found["published"]) == (top1 is not None)
     assert found["published_delta_top1"] == delta or delta is None and found["published_delta_top1"] != found["published_delta_top1"] or top1 is None
 
@@ -100,17 +100,18 @@ def test_published_numbers_stand_beside_the_rows_that_are_theirs(table, data, ba
 def test_a_missing_published_row_is_named():
     reference = published(ROOT / "results/reference", "table_3_backbones")
     gone = reference[reference["cell_searched_on"] != "S3D"]
-    with pytest.raises(AttnnasError, match="no row I3D-R50, cell_searched_on S3D"): published_cells(gone, Row("A", "i3d_r50", "cell from s3d", ()))
+    with pytest.raises(AttnnasError, match="no row I3D-R50, cell_searched_on S3D"):
+        TABLES["table_3_backbones"].published.cells(gone, Row("A", "i3d_r50", "cell from s3d", ()))
 
 
 def test_a_cell_from_elsewhere_is_searched_there_and_on_colours():
     "Table 2's searches see colours; table 3's the other backbone; table 4's the other data set: and all else is the row's."
     tier = load_tier("full")
-    flow = rows_of(tier, "table_2_modalities")["B", "s3d_small", "derived cell"][1]
+    flow = TABLES["table_2_modalities"].plan(tier)["B", "s3d_small", "derived cell"][1]
     assert flow.data.modality == "flow" and flow.insertion.search == tier.run("B", "s3d_small", "search", 1)
-    moved = rows_of(tier, "table_3_backbones")["A", "i3d_r50", "cell from s3d_small"][4]
+    moved = TABLES["table_3_backbones"].plan(tier)["A", "i3d_r50", "cell from s3d_small"][4]
     assert moved.insertion.search == tier.run("A", "s3d_small", "search", 1) and moved.network.options == {"width": 8, "dropout": 0.0}
-    other = rows_of(tier, "table_4_datasets")["B", "i3d_small", "cell from A"][0]
+    other = TABLES["table_4_datasets"].plan(tier)["B", "i3d_small", "cell from A"][0]
     assert other.insertion.search == tier.run("A", "i3d_small", "search", 0) and other.data.name == "B"
     shared = [len({run.hash for run in planned(tier, names)}) for names in (["table_1_nonlocal"], ["table_1_nonlocal", "table_4_datasets"])]
     assert shared == [100, 120], "only the moved cells are new in table 4"
@@ -118,7 +119,7 @@ def test_a_cell_from_elsewhere_is_searched_there_and_on_colours():
 
 def test_rows_without_records_are_named_when_a_table_is_rebuilt(tmp_path):
     "And nothing is run for them."
-    plan = rows_of(load_tier("quick"), "table_1_nonlocal")
+    plan = TABLES["table_1_nonlocal"].plan(load_tier("quick"))
     extra = {("B", "s3d_small", "backbone"): [load_tier("quick").run("B", "s3d_small", "none", 77)]}
     rows, searches, missing = collect(plan | extra, Store(ROOT / "results"), rebuild=True)
     assert missing == list(extra) and len(rows) == len(plan) and len(searches) == 1
@@ -126,7 +127,7 @@ def test_rows_without_records_are_named_when_a_table_is_rebuilt(tmp_path):
 
 
 def test_a_finished_record_without_a_number_is_refused():
-    row = collect({name: runs for name, runs in rows_of(load_tier("quick"), "table_1_nonlocal").items()}, Store(ROOT / "results"), rebuild=True)[0][0]
+    row = collect(TABLES["table_1_nonlocal"].plan(load_tier("quick")), Store(ROOT / "results"), rebuild=True)[0][0]
     bad = dataclasses.replace(row.records[0], test=row.records[0].test | {"top1": float("nan")})
     with pytest.raises(AttnnasError, match=f"Record {bad.key} of row 'backbone' on A is finished with accuracy nan"):
         check_comparable([dataclasses.replace(row, records=(bad, *row.records[1:]))])

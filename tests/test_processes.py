@@ -15,10 +15,11 @@ from attnnas.networks.registry import create_model
 from attnnas.core.errors import AttnnasError
 from attnnas.evidence.config import load_tier
 from attnnas.evidence.executor import execute
-from attnnas.evidence.plans import changed
 from attnnas.evidence.run import key_of
 from attnnas.evidence.store import Store
-from attnnas.evidence.tables import Row, provenance
+from attnnas.evidence.tables.rows import Row
+from attnnas.evidence.tables.table import changed
+from attnnas.evidence.tables.text import provenance
 from attnnas.networks.insertion import insert
 from attnnas.networks.non_local import NonLocalBlock
 from attnnas.networks.profile import count_flops

@@ -14,18 +14,19 @@ import pytest
 
 from attnnas.core.errors import AttnnasError
 from attnnas.evidence import batch
-from attnnas.evidence.batch import (check_parameters, notebook_key, reproduce, template_path,
-                                    unchanged)
+from attnnas.evidence.batch import notebook_key, reproduce
 from attnnas.evidence.config import load_tier
-from attnnas.evidence.plans import PLANS, figure_cells
+from attnnas.evidence.registry import EVIDENCE
 from attnnas.evidence.run import key_of
 from attnnas.evidence.store import Store
+from attnnas.evidence.tables.figures import searched_run
+from attnnas.evidence.templates import check_parameters, template_path, unchanged
 
 TEMPLATES = sorted(path.stem for path in (Path(__file__).parent.parent / "nbs/paper").glob("*.ipynb"))
 
 
-def test_every_template_has_a_plan_and_every_plan_a_template():
-    assert set(TEMPLATES) == set(PLANS)
+def test_every_template_is_registered_and_everything_registered_has_a_template():
+    assert set(TEMPLATES) == set(EVIDENCE)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_a_second_call_reuses_all_runs(smoke, capsys):
 
 def test_a_fresh_start_makes_the_runs_again(smoke):
     results, _ = smoke
-    record = Store(results).path(key_of(figure_cells(load_tier("smoke"))))
+    record = Store(results).path(key_of(searched_run(load_tier("smoke"))))
     before = record.stat().st_mtime_ns
     reproduce("smoke", results, ["figure_cells"], device="cpu", fresh=True, show=False)
     assert record.stat().st_mtime_ns > before
@@ -107,7 +108,7 @@ def test_what_has_not_changed_is_left_alone_and_what_has_is_made_again(smoke, tm
     parameters, store = {"tier": "smoke", "results": str(results), "device": "cpu", "rebuild": False}, Store(results)
     key = lambda **other: notebook_key("figure_cells", parameters | other, tier, store)
     assert unchanged(output, key()) and key(device="auto") != key()
-    record, before = Store(results).path(key_of(figure_cells(tier))), key()
+    record, before = Store(results).path(key_of(searched_run(tier))), key()
     record.write_text(record.read_text().replace('"finished": "2', '"finished": "3'))
     assert key() != before, "another record"
     before = key()

@@ -21,9 +21,9 @@ from ..core.devices import device_name
 from ..core.errors import AttnnasError, choose
 from ..data.annotations import DATASETS
 from ..data.manifest import Manifest
-from ..evidence.batch import project_folder
+from ..evidence.templates import project_folder
 from ..evidence.config import RunConfig, load_tier, tiers
-from ..evidence.plans import planned
+from ..evidence.registry import planned
 from ..evidence.sources import GENERATORS, Videos
 
 # %% ../../nbs/cli/05_doctor.ipynb #a98964f5

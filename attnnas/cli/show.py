@@ -13,7 +13,7 @@ from ..cells.spec import ALL_OPERATIONS, CellSpec
 from ..core.errors import AttnnasError
 from ..core.files import read_json
 from ..evidence.config import load_tier, tiers
-from ..evidence.plans import PLANS, planned
+from ..evidence.registry import EVIDENCE, planned
 from ..evidence.run import search_result
 from ..evidence.store import RunRecord, Store
 from ..figures.cells import draw_cell
@@ -52,7 +52,7 @@ def _operations(args): return [str(operation) for operation in ALL_OPERATIONS]
 
 def _templates(args):
     loaded = {name: load_tier(name).templates for name in tiers()}
-    return [f"{name:24} {' '.join(tier for tier in loaded if name in loaded[tier])}" for name in PLANS]
+    return [f"{name:24} {' '.join(tier for tier in loaded if name in loaded[tier])}" for name in EVIDENCE]
 
 
 def _tiers(args):

@@ -19,17 +19,17 @@ from ..core.hashes import content_hash
 from .claims import PROVING, write_claims
 from .config import Tier, load_tier
 from .executor import execute, with_sources
-from .plans import PLANS, planned
+from .registry import EVIDENCE, planned
 from .run import key_of
 from .store import Store, package_source
-from .tables import counted
+from .tables.statistics import counted
 from .templates import (
     check_parameters, project_folder, run_template, stamp, template_path, unchanged)
 
 # %% ../../nbs/evidence/11_batch.ipynb #fcc5e88e
 def notebook_key(name: str, parameters: dict, tier: Tier, store: Store) -> str:
     "Return a hash of what the executed template `name` depends on."
-    runs = with_sources(PLANS[name](tier))
+    runs = with_sources(EVIDENCE[name].runs(tier))
     if parameters["rebuild"]:
         known = store.known(runs.values())
         records = [known.get(run.hash) for run in runs.values()]
@@ -61,7 +61,7 @@ def reproduce(tier: str = "quick", results="reproduced", templates=(), device: s
     setting = load_tier(tier)
     store = Store(Path(results).resolve())
     asked = templates or (setting.templates if every else setting.first)
-    names = [choose(name, list(PLANS), "template") for name in asked]
+    names = [choose(name, list(EVIDENCE), "template") for name in asked]
     parameters = {"tier": tier, "results": str(store.folder), "device": device, "rebuild": rebuild}
     for name in names: check_parameters(template_path(name), parameters)
     store.rekey()
@@ -123,7 +123,7 @@ def _make_notebook(name: str, parameters: dict, tier: Tier, store: Store, output
 
 
 def _check_runs(name: str, tier: Tier, store: Store):
-    runs = with_sources(PLANS[name](tier))
+    runs = with_sources(EVIDENCE[name].runs(tier))
     missing = [run.label for key, run in runs.items() if store.get(key) is None]
     if not missing: return
     raise AttnnasError(f"{name} lacks {counted(len(missing), 'run')} that failed: "
