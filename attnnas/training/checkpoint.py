@@ -25,9 +25,11 @@ def _encode(value, name: str, tensors: dict):
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if isinstance(value, dict):
-        return {"dict": [[key, _encode(item, f"{name}/{key}", tensors)] for key, item in value.items()]}
+        items = [[key, _encode(item, f"{name}/{key}", tensors)] for key, item in value.items()]
+        return {"dict": items}
     if isinstance(value, (list, tuple)):
-        return {type(value).__name__: [_encode(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]}
+        items = [_encode(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]
+        return {type(value).__name__: items}
     return {"value": value}
 
 
@@ -35,14 +37,17 @@ def _decode(node, tensors: dict):
     (kind, content), = node.items()
     if kind == "tensor": return tensors[content]
     if kind == "dict": return {key: _decode(item, tensors) for key, item in content}
-    if kind in ("list", "tuple"): return {"list": list, "tuple": tuple}[kind](_decode(item, tensors) for item in content)
+    if kind == "list": return [_decode(item, tensors) for item in content]
+    if kind == "tuple": return tuple(_decode(item, tensors) for item in content)
     return content
 
 # %% ../../nbs/training/01_checkpoint.ipynb #6f6f787e
 def save_checkpoint(path, state: dict):
-    """Write the nested `state` (tensors, numbers, strings, dicts, lists, tuples) to `path`, atomically.
+    """Write a nested state to a file, atomically.
 
-    Raises: AttnnasError where the disk is full or read-only; an older checkpoint then stays as it was.
+    path: the file.
+    state: a dictionary of tensors, numbers, strings, dictionaries, lists and tuples.
+    Raises: AttnnasError where the disk is full or read-only; an older checkpoint then stays.
     """
     tensors = {}
     skeleton = json.dumps(_encode(state, "", tensors))
@@ -51,14 +56,21 @@ def save_checkpoint(path, state: dict):
 
 
 def load_checkpoint(path) -> dict:
-    "The state that `save_checkpoint` wrote, on the CPU. Raises: AttnnasError for a missing, damaged or foreign file."
+    """Read the state that `save_checkpoint` wrote.
+
+    path: the file.
+    Returns: the state, with its tensors on the CPU.
+    Raises: AttnnasError for a missing, damaged or foreign file.
+    """
     try:
         with safetensors.safe_open(Path(path), framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, safetensors.SafetensorError) as error:
-        raise AttnnasError(f"Could not read checkpoint {path}: {error}. Delete it to start afresh.") from None
-    if header.get("schema_version") != SCHEMA_VERSION:
-        raise AttnnasError(f"Checkpoint {path} has schema version {header.get('schema_version')}, "
+        raise AttnnasError(f"Could not read checkpoint {path}: {error}. "
+                           "Delete it to start afresh.") from None
+    version = header.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise AttnnasError(f"Checkpoint {path} has schema version {version}, "
                            f"expected {SCHEMA_VERSION}. Delete it to start afresh.")
     return _decode(json.loads(header["skeleton"]), tensors)

@@ -17,29 +17,45 @@ from ..data.clips import to_float
 
 # %% ../../nbs/training/05_distillation.ipynb #dbf9fe7c
 class Distillation:
-    """Loss of a student that imitates a frozen teacher: (model, video, labels) -> (scores, loss).
+    """Compute the scores and the loss of a student that imitates a teacher.
 
-    `teacher_input` and `student_input` turn a batch uint8 (B, C, T, H, W) into what each network reads; the teacher's
-    makes or picks optical flow. loss = cross-entropy + `weight` * mean squared error of the outputs of module `at` of
-    both ("": class scores before softmax). Source: Stroud et al. 2020; weight 1, other modules, and the mean over
-    all numbers compared [choice].
-    The teacher is frozen in place, and is no part of the student: neither optimizer nor checkpoint see it.
+    An object is called with (model, video, labels) and gives (scores, loss), as `Trainer` asks.
+    The loss is the cross-entropy plus `weight` times the mean squared error between the outputs of
+    both networks. The teacher is frozen in place. Neither optimizer nor checkpoint see it.
+
+    teacher: the network that is imitated.
+    teacher_input: a function from uint8 clips (B, C, T, H, W) to what the teacher reads, such as
+    optical flow.
+    weight: of the mean squared error, at least 0.
+    at: the module whose outputs are compared; default "", the class scores before the softmax.
+    student_input: a function from the same clips to what the student reads.
     Raises: AttnnasError for a negative weight, an unknown `at`, and outputs of different shapes.
+    Source: Stroud et al. 2020; weight 1, other modules, and the mean over all numbers [choice].
     """
-    def __init__(self, teacher: nn.Module, teacher_input: Callable, weight: float = 1.0, at: str = "",
-                 student_input: Callable = to_float):
+    def __init__(self, teacher: nn.Module, teacher_input: Callable, weight: float = 1.0,
+                 at: str = "", student_input: Callable = to_float):
         if weight < 0: raise AttnnasError(f"weight = {weight}: expected 0 or more.")
-        self.teacher, self.weight, self.at = teacher.requires_grad_(False), weight, at
-        self.teacher_input, self.student_input = teacher_input, student_input
+        self.teacher = teacher.requires_grad_(False)
+        self.teacher_input = teacher_input
+        self.student_input = student_input
+        self.weight = weight
+        self.at = at
 
     def compare(self, model: nn.Module, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        "The student's scores (B, classes), and the mean squared error between the two networks' outputs."
+        """Compare a student with the teacher.
+
+        model: the student.
+        video: uint8 clips (B, C, T, H, W).
+        Returns: its scores (B, classes), and the mean squared error between the two outputs.
+        """
         scores, ours = _run(model, self.student_input(video), self.at)
-        with torch.no_grad(): _, theirs = _run(self.teacher.to(video.device).eval(), self.teacher_input(video), self.at)
+        teacher = self.teacher.to(video.device).eval()
+        with torch.no_grad(): _, theirs = _run(teacher, self.teacher_input(video), self.at)
         if ours.shape != theirs.shape:
             where = f"in {self.at!r}" if self.at else "as scores"
-            raise AttnnasError(f"Student and teacher give {tuple(ours.shape)} and {tuple(theirs.shape)} {where}. "
-                               "Give both the same classes, or an at= where their outputs have one shape.")
+            shapes = f"{tuple(ours.shape)} and {tuple(theirs.shape)}"
+            raise AttnnasError(f"Student and teacher give {shapes} {where}. Give both the same "
+                               "classes, or an at= where their outputs have one shape.")
         return scores, F.mse_loss(ours, theirs)
 
     def __call__(self, model: nn.Module, video: torch.Tensor,
@@ -50,11 +66,15 @@ class Distillation:
 # %% ../../nbs/training/05_distillation.ipynb #706fadf2
 def _run(model, x, at) -> tuple[torch.Tensor, torch.Tensor]:
     "(output of `model`, output of its module `at`) for input `x`."
-    seen, modules, what = [], dict(model.named_modules()), type(model).__name__
-    module = modules[at] if at in modules else choose(at, dict(model.named_children()), f"module of {what}:")
+    seen = []
+    what = type(model).__name__
+    modules = dict(model.named_modules())
+    if at not in modules: choose(at, dict(model.named_children()), f"module of {what}:")
+    module = modules[at]
     handle = module.register_forward_hook(lambda module, args, output: seen.append(output))
     try: scores = model(x)
     finally: handle.remove()
     if len(seen) != 1 or not isinstance(seen[0], torch.Tensor):
-        raise AttnnasError(f"Module {at!r} of {what} must give one tensor, once in a forward pass. Choose another at=.")
+        raise AttnnasError(f"Module {at!r} of {what} must give one tensor, once in a forward pass. "
+                           "Choose another at=.")
     return scores, seen[0]

@@ -7,7 +7,6 @@ __all__ = ['ALONE', 'OneProcess', 'batch_norm_as_one', 'ManyProcesses', 'process
 
 # %% ../../nbs/training/02_processes.ipynb #3893d84f
 import os
-import subprocess
 import sys
 from contextlib import nullcontext
 
@@ -19,43 +18,57 @@ from ..core.errors import AttnnasError
 
 # %% ../../nbs/training/02_processes.ipynb #f419a40e
 class OneProcess:
-    "The process of an ordinary training, `rank` 0 of `count` 1, on whichever `device`; what several would do together is done."
-    rank, count, device = 0, 1, None
+    """Stand for the processes of a training that has one process.
+
+    rank: the number of this process, from 0.
+    count: how many processes there are.
+    device: the device that a launcher chose; None: the caller chooses.
+    """
+    rank = 0
+    count = 1
+    device = None
 
     def share(self, items):
-        "This process's part of `items`, a list or a tensor: every count-th, from rank on."
+        "Take this process's part of a list or a tensor: every count-th item, from rank on."
         return items[self.rank::self.count]
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        "The sum of all processes' `tensor`."
+        "Sum a tensor over all processes."
         return tensor
 
     def gather(self, value) -> list:
-        "All processes' `value`, in order of rank; it has to be one that can be pickled."
+        "Collect a value, which pickle can write, from all processes in the order of their ranks."
         return [value]
 
     def sum_gradients(self, parameters):
         "Give every parameter the sum of its gradients in all processes."
 
     def as_one(self):
-        "A context in which batch normalisation sees the clips of all processes."
+        "Open a context in which batch normalisation sees the clips of all processes."
         return nullcontext()
 
 
 ALONE = OneProcess()
 
 # %% ../../nbs/training/02_processes.ipynb #19b1f209
-def batch_norm_as_one(x, running_mean=None, running_var=None, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    """`F.batch_norm` of x (B, C, ...) over the clips of all processes, each of which has at least one.
+def batch_norm_as_one(x, running_mean=None, running_var=None, weight=None, bias=None,
+                      training=False, momentum=0.1, eps=1e-5):
+    """Normalise a batch with the mean and the variance over the clips of all processes.
 
-    Source: Ioffe and Szegedy 2015, eq. of algorithm 1, over the whole batch.
+    x: (B, C, ...); each process has at least one clip.
+    The other arguments are those of `F.batch_norm`.
+    Returns: the shape of x.
+    Source: Ioffe and Szegedy 2015, equations of algorithm 1, over the whole batch.
     """
     from torch.distributed.nn.functional import all_reduce
-    if not training: return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
-    axes, count = [0, *range(2, x.ndim)], x.numel() // x.shape[1]
+    if not training:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+    axes = [0, *range(2, x.ndim)]
+    count = x.numel() // x.shape[1]
     shape = (1, -1, *[1] * (x.ndim - 2))
     sums = all_reduce(torch.cat([count * x.mean(axes), x.new_tensor([count])]))
-    mean, total = sums[:-1] / sums[-1], sums[-1].detach()
+    mean = sums[:-1] / sums[-1]
+    total = sums[-1].detach()
     centred = x - mean.view(shape)
     var = all_reduce(centred.square().sum(axes)) / total
     if running_mean is not None:
@@ -74,18 +87,24 @@ class _BatchNormAsOne(TorchFunctionMode):
 
 # %% ../../nbs/training/02_processes.ipynb #0d2b8ce3
 class ManyProcesses(OneProcess):
-    """The processes that a launcher started, joined by `accelerate`: on GPUs through nccl, else on CPUs through gloo.
+    """Join the processes that a launcher started, on GPUs through nccl, else on CPUs through gloo.
 
+    device: "cpu" for CPUs; default: GPUs where there are some.
     Raises: AttnnasError where accelerate is not installed.
     """
     def __init__(self, device="auto"):
         try: from accelerate import Accelerator
-        except ModuleNotFoundError: raise AttnnasError("Several processes need accelerate: pip install 'attnnas[distributed]'.") from None
+        except ModuleNotFoundError:
+            raise AttnnasError("Several processes need accelerate: "
+                               "pip install 'attnnas[distributed]'.") from None
         self.accelerator = Accelerator(cpu=str(device) == "cpu")
-        self.rank, self.count = self.accelerator.process_index, self.accelerator.num_processes
+        self.rank = self.accelerator.process_index
+        self.count = self.accelerator.num_processes
         self.device = self.accelerator.device
 
-    def sum(self, tensor): return self.accelerator.reduce(tensor.to(self.device), "sum").to(tensor.device)
+    def sum(self, tensor):
+        total = self.accelerator.reduce(tensor.to(self.device), "sum")
+        return total.to(tensor.device)
 
     def gather(self, value):
         from accelerate.utils import gather_object
@@ -93,17 +112,29 @@ class ManyProcesses(OneProcess):
 
     def sum_gradients(self, parameters):
         grads = [p.grad for p in parameters if p.grad is not None]
-        for grad, total in zip(grads, self.sum(torch.cat([g.flatten() for g in grads])).split([g.numel() for g in grads])):
+        sums = self.sum(torch.cat([grad.flatten() for grad in grads]))
+        for grad, total in zip(grads, sums.split([grad.numel() for grad in grads])):
             grad.copy_(total.view_as(grad))
 
     def as_one(self): return _BatchNormAsOne()
 
 
 def processes(device="auto") -> OneProcess:
-    "The processes that this one was started with: ManyProcesses under a launcher (WORLD_SIZE > 1), else ALONE."
-    return ManyProcesses(device) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ALONE
+    """Find the processes that this one was started with.
+
+    device: as in ManyProcesses.
+    Returns: ManyProcesses under a launcher, which sets WORLD_SIZE above 1, else ALONE.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return ManyProcesses(device) if launched else ALONE
 
 # %% ../../nbs/training/02_processes.ipynb #9906a795
 def launch_command(count: int, arguments: list) -> list:
-    "The command that starts `count` processes of this Python with `arguments` (a script, or -m and a module) on this machine."
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *map(str, arguments)]
+    """Write the command that starts several processes of this Python on this machine.
+
+    count: how many.
+    arguments: a script and its arguments, or "-m", a module and its arguments.
+    Returns: the words of the command.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc-per-node", str(count), *map(str, arguments)]
