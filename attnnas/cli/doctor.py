@@ -24,22 +24,24 @@ from ..data.manifest import Manifest
 from ..evidence.templates import project_folder
 from ..evidence.config import RunConfig, load_tier, tiers
 from ..evidence.registry import planned
-from ..evidence.sources import GENERATORS, Videos
+from ..evidence.sources import Videos
 
 # %% ../../nbs/cli/05_doctor.ipynb #a98964f5
 class Cost(NamedTuple):
-    "Hours on one GPU of so many runs; the unknown ones, whose step was not measured, are not in the hours."
+    """Hours on one GPU of so many runs; the unknown ones, whose step was not measured, are not in
+    the hours.
+    """
     hours: float
     runs: int
     unknown: int
 
-
+# %% ../../nbs/cli/05_doctor.ipynb #1c31463a
 def gpu_hours(tier: str, steps) -> Cost:
     """Return what the runs on manifests of a tier would cost.
 
     tier: its name.
-    steps: the rows of results/bench/paper_step.csv. A manifest that is not there counts as large as its data set was
-        published.
+    steps: the rows of results/bench/paper_step.csv. A manifest that is not there counts as large as
+        its data set was published.
     """
     seconds = {(row["backbone"], row["inserted"]): float(row["seconds_a_clip"]) for row in steps}
     asked = [run for run in planned(load_tier(tier)) if getattr(run.data, "listed", False)]
@@ -48,7 +50,7 @@ def gpu_hours(tier: str, steps) -> Cost:
     costs = [_hours(run, seconds) for run in runs]
     return Cost(sum(filter(None, costs)), len(costs), costs.count(None))
 
-
+# %% ../../nbs/cli/05_doctor.ipynb #04700be8
 def _hours(run: RunConfig, seconds: dict) -> float | None:
     "Hours of one run, or None where its step was not measured."
     kind = {"none": "none", "non-local": "non-local", "search": "supergraph"}
@@ -60,13 +62,13 @@ def _hours(run: RunConfig, seconds: dict) -> float | None:
     tested = clips[run.data.test_split] * pixels / 3
     return one * (run.training.epochs * clips["train"] + tested) / 3600
 
-
+# %% ../../nbs/cli/05_doctor.ipynb #ffc1d37c
 def _counts(path: str) -> dict:
     "{split: videos} of a manifest, or of the data set that it is named after."
     if Path(path).exists(): return Counter(row.split for row in Manifest.load(path).rows)
     return DATASETS[choose(Path(path).stem, list(DATASETS), "data set")].official
 
-
+# %% ../../nbs/cli/05_doctor.ipynb #9925e688
 def _cost_lines(tier: str) -> list:
     try: place = project_folder() / "results" / "bench" / "paper_step.csv"
     except AttnnasError: return []
@@ -91,7 +93,7 @@ def _packages() -> dict:
     extras.pop("all", None)
     return extras
 
-
+# %% ../../nbs/cli/05_doctor.ipynb #0ada9655
 def _version(name: str) -> str | None:
     try: return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError: return None
@@ -103,7 +105,8 @@ def _missing(tier: str, packages: dict) -> list:
                for name, version in packages.get("notebooks", {}).items() if version is None]
     try: project_folder()
     except AttnnasError: lacking.append("the repository with nbs/paper")
-    videos = sorted({run.data.name for run in planned(load_tier(tier)) if isinstance(run.data, Videos)})
+    sources = [run.data for run in planned(load_tier(tier))]
+    videos = sorted({source.name for source in sources if isinstance(source, Videos)})
     lacking += [f"the data {place}" for place in videos if not Path(place).exists()]
     if videos and not torch.cuda.is_available(): lacking.append("a CUDA device")
     return lacking
@@ -111,9 +114,10 @@ def _missing(tier: str, packages: dict) -> list:
 # %% ../../nbs/cli/05_doctor.ipynb #8c9aa0f7
 def add_commands(add):
     "Add `doctor`; see `attnnas.cli.train.add_commands`."
-    add("doctor", _doctor, "Say what is installed, which devices there are, and what each tier lacks.")
+    add("doctor", _doctor, "Say what is installed, which devices there are, and what each tier "
+        "lacks.")
 
-
+# %% ../../nbs/cli/05_doctor.ipynb #9b5b389d
 def _doctor(args):
     packages = _packages()
     version = importlib.metadata.version("attnnas") if packages else "(not installed as a package)"
@@ -131,7 +135,7 @@ def _doctor(args):
         print(f"{tier + ' tier':13} {lacking or 'ready'}")
         for line in _cost_lines(tier): print(" " * 13, line)
 
-
+# %% ../../nbs/cli/05_doctor.ipynb #a9c077fc
 def _devices() -> list:
     gpus = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     return [device_name(torch.device("cpu")), *(f"{gpu} = {device_name(gpu)}" for gpu in gpus)]

@@ -14,7 +14,7 @@ from ..cells.spec import CellSpec
 from ..core.errors import AttnnasError
 from ..core.options import from_fields, to_plain
 from ..evidence.config import NetworkConfig, RunConfig, Tier, load_tier
-from ..evidence.insertions import DerivedCell, GivenCell, KINDS, Search
+from ..evidence.insertions import DerivedCell, GivenCell, Search
 from ..evidence.sources import Generated, Videos, source_of
 from ..search.methods import METHODS
 from ..training.loop import TrainingConfig
@@ -37,7 +37,7 @@ def fields_of(group: str) -> dict:
             if field.name not in NO_OPTION: found.setdefault(field.name, field)
     return found
 
-
+# %% ../../nbs/cli/01_options.ipynb #9f474314
 def add_fields(parser: argparse.ArgumentParser):
     "Give `parser` an option for every field of a run's configuration."
     for group in GROUPS:
@@ -48,7 +48,7 @@ def add_fields(parser: argparse.ArgumentParser):
                                  choices=CHOICES.get(field.name, field.metadata["choices"]) or None,
                                  help=field.metadata["help"].replace("%", "%%"), **_type(field))
 
-
+# %% ../../nbs/cli/01_options.ipynb #07d233c2
 def _type(field) -> dict:
     kind = type(field.default)
     if kind in (int, float): return {"type": kind}
@@ -56,7 +56,9 @@ def _type(field) -> dict:
 
 # %% ../../nbs/cli/01_options.ipynb #1ed29498
 def add_execution(parser: argparse.ArgumentParser, workers: bool = False):
-    "Give `parser` the options that say where runs are made; `workers` at once, where it makes several."
+    """Give `parser` the options that say where runs are made; `workers` at once, where it makes
+    several.
+    """
     parser.add_argument("--device", default="auto",
                         help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=0,
@@ -64,7 +66,8 @@ def add_execution(parser: argparse.ArgumentParser, workers: bool = False):
                         "(default: %(default)s)")
     if not workers: return
     parser.add_argument("--workers", type=int, default=0,
-                        help="parallel processes; 0: one a core, two on a GPU (default: %(default)s)")
+                        help="parallel processes; 0: one a core, two on a GPU "
+                        "(default: %(default)s)")
 
 # %% ../../nbs/cli/01_options.ipynb #77ef2b72
 def run_from_options(args: argparse.Namespace, kind: str) -> RunConfig:
@@ -82,7 +85,7 @@ def run_from_options(args: argparse.Namespace, kind: str) -> RunConfig:
     source = _run_of(tier, given, Search.kind, 0) if kind == DerivedCell.kind else None
     return _run_of(tier, given, kind, args.seed, source)
 
-
+# %% ../../nbs/cli/01_options.ipynb #2722ff51
 def _run_of(tier: Tier, given: dict, kind: str, seed: int, source=None) -> RunConfig:
     own = {group: {name: given[name] for name in fields_of(group) if name in given}
            for group in GROUPS}
@@ -94,7 +97,7 @@ def _run_of(tier: Tier, given: dict, kind: str, seed: int, source=None) -> RunCo
     training = from_fields(TrainingConfig, to_plain(run.training) | own["training"])
     return dataclasses.replace(run, data=data, training=training)
 
-
+# %% ../../nbs/cli/01_options.ipynb #55c0788a
 def _json(text: str) -> dict:
     try: value = json.loads(text)
     except ValueError: value = None

@@ -27,7 +27,7 @@ def add_commands(add):
                         help="run nothing: tables and pictures from the records that are there")
     add_execution(parser, workers=True)
 
-
+# %% ../../nbs/cli/02_reproduce.ipynb #61927250
 def _reproduce(args):
     paths = reproduce(args.tier, args.results, args.template, args.device, args.workers, args.fresh,
                       args.rebuild, args.all, processes=args.processes)

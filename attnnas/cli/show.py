@@ -28,7 +28,8 @@ def add_commands(add):
     "Add `list`, `show` and `profile`; see `attnnas.cli.train.add_commands`."
     add("list", _list, "List what there is.").add_argument("what", choices=LISTS)
     parser = add("show", _show, "Show a cell or a run.")
-    parser.add_argument("what", help="a genotype file, a record file, or the beginning of a run's key")
+    parser.add_argument("what", help="a genotype file, a record file, or the beginning of "
+                        "a run's key")
     parser.add_argument("--picture", help="also draw the (first) cell into this PNG file")
     parser = add("profile", _profile, "Say what a network costs: multiply-adds, parameters, "
                  "activations, and on request time.")
@@ -38,37 +39,41 @@ def add_commands(add):
     parser.add_argument("--classes", type=int, default=600, help="classes (default: %(default)s)")
     parser.add_argument("--insert", help="put this at the sites: a genotype file, "
                         + ", ".join(INSERTED))
-    parser.add_argument("--sites", nargs="+", help="names of modules (default: the model's own sites)")
+    parser.add_argument("--sites", nargs="+", help="names of modules "
+                        "(default: the model's own sites)")
     parser.add_argument("--depth", type=int, default=1,
                         help="levels of modules that get a line (default: %(default)s)")
-    parser.add_argument("--time", metavar="DEVICE", help="also run it there and show the median time")
+    parser.add_argument("--time", metavar="DEVICE",
+                        help="also run it there and show the median time")
 
 # %% ../../nbs/cli/04_show.ipynb #2d8bd811
 def _models(args): return [f"{name:16} {text}" for name, text in describe_models().items()]
 
-
+# %% ../../nbs/cli/04_show.ipynb #99ac48a8
 def _operations(args): return [str(operation) for operation in ALL_OPERATIONS]
 
-
+# %% ../../nbs/cli/04_show.ipynb #56aa72b0
 def _templates(args):
     loaded = {name: load_tier(name).templates for name in tiers()}
-    return [f"{name:24} {' '.join(tier for tier in loaded if name in loaded[tier])}" for name in EVIDENCE]
+    made_by = {name: [tier for tier in loaded if name in loaded[tier]] for name in EVIDENCE}
+    return [f"{name:24} {' '.join(tiers)}" for name, tiers in made_by.items()]
 
-
+# %% ../../nbs/cli/04_show.ipynb #f6194eb4
 def _tiers(args):
-    return [f"{name:9} {len(planned(load_tier(name)))} runs without their searches" for name in tiers()]
+    counts = {name: len(planned(load_tier(name))) for name in tiers()}
+    return [f"{name:9} {count} runs without their searches" for name, count in counts.items()]
 
-
+# %% ../../nbs/cli/04_show.ipynb #96aa4319
 def _runs(args):
     records = Store(args.results).records()
     return [_run_line(record) for record in records] or [f"no finished runs in {args.results}/runs"]
 
-
+# %% ../../nbs/cli/04_show.ipynb #33d68cac
 def _run_line(record: RunRecord) -> str:
     accuracy = f"{record.test['top1']:5.1f} %" if record.test else "      -"
     return f"{record.key}  {record.run.label:40} {record.status:9} {accuracy}  {record.finished}"
 
-
+# %% ../../nbs/cli/04_show.ipynb #11a8cdb7
 LISTS = {"models": _models, "operations": _operations, "templates": _templates, "tiers": _tiers,
          "runs": _runs}
 
@@ -85,7 +90,7 @@ def _show(args):
     draw_cell(next(iter(cells.values()))).savefig(args.picture, dpi=150, bbox_inches="tight")
     print(f"Written: {args.picture}")
 
-
+# %% ../../nbs/cli/04_show.ipynb #ecc6eb9d
 def _file(what: str, results) -> Path:
     if Path(what).exists(): return Path(what)
     found = sorted(Path(results).glob(f"runs/{what}*/record.json"))
@@ -93,14 +98,15 @@ def _file(what: str, results) -> Path:
     raise AttnnasError(f"{what!r} is no file, and {len(found)} runs in {results} begin with it; "
                        "expected 1.")
 
-
+# %% ../../nbs/cli/04_show.ipynb #adc7a8d0
 def _show_run(record: RunRecord) -> dict:
     "Print a run; returns its cells, by a few words on where they are."
     reason = f": {record.reason}" if record.reason else ""
     print(f"run {record.key}: {record.run.label}, {record.status}{reason}")
     groups = {"all": {"top-1": record.test}} | record.test["by"] if record.test else {}
     for column, group in groups.items():
-        print(f"  {column}: " + ", ".join(f"{name} {found['top1']:.1f}" for name, found in group.items()))
+        tops = ", ".join(f"{name} {found['top1']:.1f}" for name, found in group.items())
+        print(f"  {column}: {tops}")
     print(f"  {record.parameters:,} parameters, {record.gflops:.4g} GFLOPs, "
           f"{record.seconds['wall']:.0f} s on {record.device}")
     if record.run.is_search and record.status == "finished":

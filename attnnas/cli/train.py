@@ -48,17 +48,18 @@ def _make(args, kind: str) -> RunRecord:
     if record.status == "finished": return record
     raise AttnnasError(f"The run diverged: {record.reason}. Lower --learning-rate.")
 
-
+# %% ../../nbs/cli/03_train.ipynb #1ba7ee33
 def _train(args):
     given = "cell" if "cell" in vars(args) else "none"
     record = _make(args, args.insertion or given)
     test = record.test
-    kinds = "".join(f", {kind} {found['top1']:.1f}" for kind, found in test["by"].get("kind", {}).items())
-    print(f"Test accuracy {test['top1']:.1f} % (top-5 {test['top5']:.1f}{kinds}) on {test['count']} "
-          f"clips; {record.parameters:,} parameters, {record.gflops:.4g} GFLOPs, "
+    by_kind = test["by"].get("kind", {})
+    kinds = "".join(f", {kind} {found['top1']:.1f}" for kind, found in by_kind.items())
+    print(f"Test accuracy {test['top1']:.1f} % (top-5 {test['top5']:.1f}{kinds}) "
+          f"on {test['count']} clips; {record.parameters:,} parameters, {record.gflops:.4g} GFLOPs, "
           f"{record.seconds['wall']:.0f} s.")
 
-
+# %% ../../nbs/cli/03_train.ipynb #c24df46e
 def _search(args):
     record = _make(args, Search.kind)
     derivation = {name: vars(args)[name] for name in ("alpha", "beta") if name in vars(args)}

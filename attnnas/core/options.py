@@ -18,7 +18,8 @@ def option(default, help: str, choices: tuple = (), minimum=None, when: dict | N
     help: one line for a reader and for the command line.
     choices: the values that are allowed; empty for any.
     minimum: the smallest number that is allowed; None for any.
-    when: {name of another field: the values of it under which this field matters}; None: it always matters.
+    when: {name of another field: the values of it under which this field matters}; None: it always
+        matters.
     """
     metadata = {"help": help, "choices": choices, "minimum": minimum, "when": when or {}}
     return dataclasses.field(default=default, metadata=metadata)
@@ -74,5 +75,6 @@ def from_fields(cls, values: dict):
     given = {}
     for name, value in values.items():
         field = choose(name, fields, f"field of {cls.__name__}")
-        given[name] = tuple(value) if isinstance(field.default, tuple) and isinstance(value, list) else value
+        is_tuple = isinstance(field.default, tuple) and isinstance(value, list)
+        given[name] = tuple(value) if is_tuple else value
     return cls(**given)

@@ -20,7 +20,6 @@ from .claims import PROVING, write_claims
 from .config import Tier, load_tier
 from .executor import execute, with_sources
 from .registry import EVIDENCE, planned
-from .run import key_of
 from .store import Store, package_source
 from .tables.statistics import counted
 from .templates import (
@@ -44,8 +43,8 @@ def reproduce(tier: str = "quick", results="reproduced", templates=(), device: s
               show: bool = True, processes: int = 0) -> list:
     """Make all runs of a tier, then its tables and figures in `results`/<tier>.
 
-    Finished runs are reused, and unchanged notebooks are left alone. A run or a template that fails does not stop the
-    others; its executed notebook shows the error.
+    Finished runs are reused, and unchanged notebooks are left alone. A run or a template that fails
+    does not stop the others; its executed notebook shows the error.
 
     tier: its name, or the path of a .toml file.
     results: the folder of records, tables and pictures.
@@ -54,7 +53,8 @@ def reproduce(tier: str = "quick", results="reproduced", templates=(), device: s
     fresh: remove the runs first.
     rebuild: make no runs, but take the records that are there, whatever source made them.
     show: print what is done.
-    processes: how many share a run, one a GPU; 0: as many as there are GPUs where the tier says so, else 1.
+    processes: how many share a run, one a GPU; 0: as many as there are GPUs where the tier says so,
+        else 1.
     Returns: the paths written.
     Raises: AttnnasError at the end, naming what failed.
     """
@@ -94,7 +94,9 @@ def _make_runs(runs: list, store: Store, workers: int, device: str, fresh: bool,
 # %% ../../nbs/evidence/11_batch.ipynb #bf0b6f6e
 def _make_notebooks(names: list, parameters: dict, tier: Tier, store: Store, show: bool,
                     failed: list) -> list:
-    "Execute templates; returns the paths that belong to them. Messages of those that fail go to `failed`."
+    """Execute templates; returns the paths that belong to them. Messages of those that fail go to
+    `failed`.
+    """
     written = []
     summary = []
     folder = store.folder / tier.name
@@ -109,7 +111,7 @@ def _make_notebooks(names: list, parameters: dict, tier: Tier, store: Store, sho
     if show: print("\n".join(summary))
     return written
 
-
+# %% ../../nbs/evidence/11_batch.ipynb #3b849dd5
 def _make_notebook(name: str, parameters: dict, tier: Tier, store: Store, output: Path) -> str:
     """Execute template `name` unless nothing changed; returns what was done.
 
@@ -121,7 +123,7 @@ def _make_notebook(name: str, parameters: dict, tier: Tier, store: Store, output
     stamp(output, notebook_key(name, parameters, tier, store))
     return "made"
 
-
+# %% ../../nbs/evidence/11_batch.ipynb #89bdb6d9
 def _check_runs(name: str, tier: Tier, store: Store):
     runs = with_sources(EVIDENCE[name].runs(tier))
     missing = [run.label for key, run in runs.items() if store.get(key) is None]

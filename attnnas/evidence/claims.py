@@ -38,14 +38,15 @@ def claimed(ours: bool) -> list:
         found += [(table, pair) for pair in sorted(pairs, key=lambda pair: not pair.main)]
     return found
 
-
+# %% ../../nbs/evidence/07_claims.ipynb #53a24648
 PROVING = {table.name for table, _ in claimed(ours=False)}
 
 
 def together(verdicts) -> str:
     """Return the verdict over several places.
 
-    Returns: "held" where all held, "not held" where any did not, else "undecided"; "not run" where there are none.
+    Returns: "held" where all held, "not held" where any did not, else "undecided"; "not run" where
+        there are none.
     """
     verdicts = list(verdicts)
     if not verdicts: return "not run"
@@ -57,7 +58,8 @@ MEASURED = "measured (points of top-1, 95 % interval)"
 
 
 def claim_line(table: Table, pair: Pair, rows, reference) -> dict:
-    """Return what was printed and measured of a pair, in every place that has both rows, and whether it held.
+    """Return what was printed and measured of a pair, in every place that has both rows, and
+    whether it held.
 
     table: the table that the pair is from.
     rows: its rows.
@@ -83,7 +85,7 @@ def claim_line(table: Table, pair: Pair, rows, reference) -> dict:
     return {"claim": pair.claim, "published": ", ".join(printed),
             MEASURED: "; ".join(measured) or "no records", "verdict": together(verdicts)}
 
-
+# %% ../../nbs/evidence/07_claims.ipynb #65e4e33c
 def cost_line(rows, searches) -> dict:
     "Return what the searches cost, in trainings of their backbone by CPU time."
     claim = {"claim": "a search costs as much as one training", "published": "1 training"}
@@ -130,7 +132,7 @@ def write_claims(tier: Tier, results, reference) -> list:
     write_atomic(path, TEXT.format(tier=tier.name, lines=shown, as_much=AS_MUCH))
     return [path]
 
-
+# %% ../../nbs/evidence/07_claims.ipynb #6fac1923
 def _collected(table: Table, tier: Tier, store: Store) -> Collected:
     try: return collect(table.plan(tier), store, rebuild=True)
     except NoRecord: return Collected([], [], [])

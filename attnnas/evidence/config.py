@@ -136,11 +136,12 @@ class RunConfig:
         if model.in_channels != self.data.channels:
             raise AttnnasError(
                 f"{self.network.backbone} takes clips of {model.in_channels} channels; modality "
-                f"{self.data.modality!r} has {self.data.channels}. Choose another backbone or modality.")
+                f"{self.data.modality!r} has {self.data.channels}. Choose another backbone or "
+                "modality.")
         if self.network.start == "imagenet": self.network.start_weights()
         if self.insertion.kind != "none": NonLocal(self.insertion.sites).build(model, {})
 
-
+# %% ../../nbs/evidence/03_config.ipynb #b1878832
 @dataclass(frozen=True)
 class Built:
     "A network, and the cells that were inserted into it, by site."
@@ -166,15 +167,15 @@ class Tier:
         "The templates of a batch that names none: those of the section `batch`, or all."
         return self.batch.get("first", list(self.templates))
 
-    def run(self, data: str, backbone: str, insertion: str, seed: int, source: RunConfig | None = None,
-            search: dict | None = None, **fields) -> RunConfig:
+    def run(self, data: str, backbone: str, insertion: str, seed: int,
+            source: RunConfig | None = None, search: dict | None = None, **fields) -> RunConfig:
         """Return the configuration of one run of this tier.
 
         data: the name of its source of clips.
         insertion: its kind, such as "none", "non-local", "derived" or "search".
         source: the search whose cell is derived.
-        search: {option: value} of the search that differ from the tier's; "method" names the method. Of the tier's
-            own, those count that the method has.
+        search: {option: value} of the search that differ from the tier's; "method" names the
+            method. Of the tier's own, those count that the method has.
         fields: those of the network and of the insertion that differ from the tier's.
         """
         own = self.overrides.get(data, {})
@@ -182,7 +183,8 @@ class Tier:
         if insertion == Search.kind: training = training | self.search_training
         network = {"backbone": backbone} | self.model | own.get("model", {}) | fields
         settings = self._search(search or {})
-        made = {"sites": fields.get("sites", ())} | _settings_of(insertion, source, settings, fields)
+        made = _settings_of(insertion, source, settings, fields)
+        made |= {"sites": fields.get("sites", ())}
         if insertion == Insertion.kind: made = {}
         return RunConfig(data=source_of({"name": data} | self.data | own.get("data", {})),
                          network=_own(NetworkConfig, network, KINDS[insertion]),
@@ -196,7 +198,7 @@ class Tier:
         tier = {name: value for name, value in self.search.items() if name in own}
         return search_config(tier | given)
 
-
+# %% ../../nbs/evidence/03_config.ipynb #c8ef339e
 def _settings_of(kind: str, source, search, fields: dict) -> dict:
     "What an insertion of that kind is made with."
     derivation = {name: fields[name] for name in ("alpha", "beta") if name in fields}
@@ -206,10 +208,10 @@ def _settings_of(kind: str, source, search, fields: dict) -> dict:
     return {Search.kind: {"search": search}, GivenCell.kind: {"cell": fields.get("cell")},
             DerivedCell.kind: {"search": source} | derivation}.get(kind, {})
 
-
+# %% ../../nbs/evidence/03_config.ipynb #faa7b4c5
 def _own(cls, values: dict, other):
     "A `cls` of those of `values` that are not fields of `other`."
-    foreign = {field.name for field in dataclasses.fields(other)} | {"sites", "cell", "alpha", "beta"}
+    foreign = {"sites", "cell", "alpha", "beta", *(f.name for f in dataclasses.fields(other))}
     return from_fields(cls, {name: value for name, value in values.items() if name not in foreign})
 
 # %% ../../nbs/evidence/03_config.ipynb #aa4e4bf4
@@ -224,7 +226,7 @@ def tiers() -> list:
     names = sorted(Path(file.name).stem for file in files if file.name.endswith(".toml"))
     return [*ORDER, *(name for name in names if name not in ORDER)]
 
-
+# %% ../../nbs/evidence/03_config.ipynb #cfd64a66
 def load_tier(name: str) -> Tier:
     """Read a tier.
 

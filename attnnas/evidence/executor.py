@@ -42,11 +42,12 @@ def _keep_memory():
 def _start_worker(messages, parent: int):
     torch.set_num_threads(1)
     _keep_memory()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent decides
+    # Ctrl-C reaches the whole terminal; the parent decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     globals().update(_messages=messages)
     threading.Thread(target=_follow, args=(_wait_for_death, parent), daemon=True).start()
 
-
+# %% ../../nbs/evidence/06_executor.ipynb #4740e0af
 def _wait_for_death(parent: int):
     while os.getppid() == parent: time.sleep(1)
 
@@ -100,26 +101,29 @@ def _run_shared(key: str, config: RunConfig, store: Store, device: str, count: i
     log.unlink()
     return store.get(key)
 
-
+# %% ../../nbs/evidence/06_executor.ipynb #f11bc5c8
 def _read_line(line: str) -> dict:
     "What a process tells; what else is printed there says nothing."
     try: told = json.loads(line)
     except ValueError: return {}
     return told if isinstance(told, dict) else {}
 
-
+# %% ../../nbs/evidence/06_executor.ipynb #aff7e821
 def _tell(**values): print(json.dumps(values), flush=True)
 
 # %% ../../nbs/evidence/06_executor.ipynb #04f03adf
 def take_part():
-    "Be one of the processes that share a run: arguments are folder, device and configuration (JSON)."
+    """Be one of the processes that share a run: arguments are folder, device and configuration
+    (JSON).
+    """
     folder, device, config = sys.argv[1:]
     # os.read and not sys.stdin.read, of which a fork would inherit the lock.
     threading.Thread(target=_follow, args=(os.read, 0, 1), daemon=True).start()
 
     def progress(step: int, steps: int): _tell(step=step, steps=steps)
 
-    try: run(RunConfig.from_dict(json.loads(config)), Store(folder), device, progress, processes(device))
+    asked = RunConfig.from_dict(json.loads(config))
+    try: run(asked, Store(folder), device, progress, processes(device))
     except AttnnasError as error:
         _tell(error=str(error))
         sys.exit(1)
@@ -169,11 +173,11 @@ class Progress:
         self.bar.set_description_str(f"{self.finished} of {len(self.kinds)} runs", refresh=False)
         self.bar.update(0)
 
-
+# %% ../../nbs/evidence/06_executor.ipynb #18d96273
 def _kind(config: RunConfig) -> tuple:
     return config.data.name, config.network.backbone, config.insertion.label
 
-
+# %% ../../nbs/evidence/06_executor.ipynb #f3aa4bea
 def _steps(config: RunConfig) -> int:
     "Steps of a training; those of videos are not known before they are opened."
     clips = getattr(config.data, "train_clips", 3000)
@@ -193,7 +197,8 @@ def with_sources(configs) -> dict:
 # %% ../../nbs/evidence/06_executor.ipynb #36811542
 def execute(configs, store: Store, workers: int = 0, device: str = "auto", show: bool = True,
             rebuild: bool = False, processes: int = 1) -> list:
-    """Return the records of `configs`, in their order; those that `store` lacks are made, searches first.
+    """Return the records of `configs`, in their order; those that `store` lacks are made, searches
+    first.
 
     configs: the runs.
     store: where records are, and are written.
@@ -202,8 +207,8 @@ def execute(configs, store: Store, workers: int = 0, device: str = "auto", show:
     show: whether there is a progress bar.
     rebuild: make nothing; the records that are there count, whatever data they were made with.
     processes: how many share a run, one a GPU; more than one make one run after the other.
-    Raises: AttnnasError before any work where a configuration is wrong; after all others have finished, naming the
-        runs that failed; KeyboardInterrupt when stopped.
+    Raises: AttnnasError before any work where a configuration is wrong; after all others have
+        finished, naming the runs that failed; KeyboardInterrupt when stopped.
     """
     configs = list(configs)
     if rebuild: return _stored(configs, store)
@@ -219,11 +224,11 @@ def execute(configs, store: Store, workers: int = 0, device: str = "auto", show:
         if failed: raise _failure(waiting, failed)
     return [records[key_of(config)] for config in configs]
 
-
+# %% ../../nbs/evidence/06_executor.ipynb #013e1dd7
 def _one_a_core(device: str) -> int:
     return 2 if pick_device(device).type == "cuda" else len(os.sched_getaffinity(0))
 
-
+# %% ../../nbs/evidence/06_executor.ipynb #7b1029a7
 def _failure(waiting: dict, failed: dict) -> AttnnasError:
     lines = "; ".join(f"{waiting[key].label}: {error}" for key, error in failed.items())
     return AttnnasError(f"{len(failed)} of {len(waiting)} runs failed ({lines}). The others are "
@@ -233,16 +238,16 @@ def _failure(waiting: dict, failed: dict) -> AttnnasError:
 class NoRecord(AttnnasError):
     "A run that was to be taken from the store, and is not there."
 
-
+# %% ../../nbs/evidence/06_executor.ipynb #d7820e16
 def _stored(configs: list, store: Store) -> list:
     records = store.known(configs)
     for config in configs:
         if config.hash in records: continue
-        raise NoRecord(f"There is no record of {config.label} in {store.folder / 'runs'} to rebuild "
-                       "from.")
+        raise NoRecord(f"There is no record of {config.label} in {store.folder / 'runs'} to "
+                       "rebuild from.")
     return [records[config.hash] for config in configs]
 
-
+# %% ../../nbs/evidence/06_executor.ipynb #9bf0ea2e
 def _make_all(waiting: dict, store: Store, workers: int, device: str, show: bool, count: int):
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
@@ -262,7 +267,9 @@ def _make_all(waiting: dict, store: Store, workers: int, device: str, show: bool
 
 # %% ../../nbs/evidence/06_executor.ipynb #57ce9a92
 class _Schedule:
-    "Which runs wait, are under way, are made and have failed; a run starts when its search has ended."
+    """Which runs wait, are under way, are made and have failed; a run starts when its search has
+    ended.
+    """
 
     def __init__(self, waiting: dict, pool, workers: int, store: Store, device: str, count: int):
         self.waiting = waiting

@@ -132,7 +132,8 @@ class RandomCell(Insertion):
 class DerivedCell(Insertion):
     """The cell that a search found, at every site.
 
-    Where the search has found a cell for each site, a site of that name gets its own, and any other the first one.
+    Where the search has found a cell for each site, a site of that name gets its own, and any other
+    the first one.
     """
     kind: ClassVar[str] = "derived"
     search: object = option(None, "the RunConfig of the search")
@@ -144,8 +145,8 @@ class DerivedCell(Insertion):
         super().__post_init__()
         kind = getattr(getattr(self.search, "insertion", None), "kind", None)
         if kind == Search.kind: return
-        raise AttnnasError("A derived cell needs the configuration of its search, a run that inserts "
-                           f"a search; got {kind or self.search!r}.")
+        raise AttnnasError("A derived cell needs the configuration of its search, a run that "
+                           f"inserts a search; got {kind or self.search!r}.")
 
     @property
     def needs(self): return self.search

@@ -36,7 +36,7 @@ from ..training.processes import ALONE, OneProcess
 class NothingFound(AttnnasError):
     "A search that ended without a cell."
 
-
+# %% ../../nbs/evidence/05_run.ipynb #651d0afc
 def search_result(record: RunRecord) -> SearchResult:
     """Return the SearchResult of a search's record.
 
@@ -66,7 +66,7 @@ def key_of(config: RunConfig) -> str:
     "Return the key under which `config` is stored. The data are described, not made."
     return run_key(config.to_dict(), config.data.fingerprint)
 
-
+# %% ../../nbs/evidence/05_run.ipynb #78aec070
 def run(config: RunConfig, store: Store, device: str = "auto", progress: Callable | None = None,
         processes: OneProcess = ALONE) -> RunRecord:
     """Make the run `config`, or return its record if `store` has it.
@@ -74,9 +74,10 @@ def run(config: RunConfig, store: Store, device: str = "auto", progress: Callabl
     store: where records are.
     device: where the network is trained; "auto" is a GPU where there is one.
     progress: progress(step, steps) is called after each step.
-    processes: those that share the work, each of which calls this; with several, theirs is the device.
-    Raises: AttnnasError for bad input, before training starts; Interrupted when asked to stop, after which the same
-        call continues.
+    processes: those that share the work, each of which calls this; with several, theirs is the
+        device.
+    Raises: AttnnasError for bad input, before training starts; Interrupted when asked to stop,
+        after which the same call continues.
     """
     needed = config.insertion.needs
     found = needed and search_result(run(needed, store, device, progress, processes))
@@ -107,7 +108,7 @@ def _make(config: RunConfig, key: str, found, store: Store, device: torch.device
     if processes.rank == 0: _keep(record, built.model, store)
     return record
 
-
+# %% ../../nbs/evidence/05_run.ipynb #b10901de
 def _train(config: RunConfig, model: nn.Module, data: dict, device, progress, processes,
            checkpoint) -> Trainer:
     "Train `model`; returns its Trainer, at the end."
@@ -167,7 +168,7 @@ def _record(config: RunConfig, key: str, built: Built, data: dict, device, *, te
         source=package_source(), cells={site: cell.to_dict() for site, cell in built.cells.items()},
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
 
-
+# %% ../../nbs/evidence/05_run.ipynb #95d272e1
 def _keep(record: RunRecord, model: nn.Module, store: Store):
     "Write weights, then the record; the checkpoint has served."
     weights = {name: tensor.detach().cpu().contiguous().clone()

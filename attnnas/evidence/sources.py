@@ -10,7 +10,6 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 from ..core.errors import AttnnasError
 from ..core.hashes import content_hash
@@ -95,7 +94,7 @@ class Generated(Source):
         "Test `model` on `clips`, `at_once` at a time; see `attnnas.training.evaluation`."
         return evaluate(model, clips, at_once, device, processes)
 
-
+# %% ../../nbs/evidence/01_sources.ipynb #0d3c9f63
 @lru_cache(maxsize=2)
 def _generate(source: Generated) -> dict:
     made = GENERATORS[source.name]
@@ -143,13 +142,13 @@ class Videos(Source):
         "Test `model` on `clips`, `at_once` at a time; what cannot be read is counted."
         return evaluate(model, clips, at_once, device, processes)
 
-
+# %% ../../nbs/evidence/01_sources.ipynb #8aed0f4c
 def readers() -> int:
     "Return how many processes decode: this process's share of the cores."
     shared_by = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(1, len(os.sched_getaffinity(0)) // shared_by)
 
-
+# %% ../../nbs/evidence/01_sources.ipynb #6476b82e
 @lru_cache(maxsize=2)
 def _open_videos(source: Videos) -> dict:
     "Open a manifest's training and test split; of a folder, its validation split too."

@@ -35,7 +35,7 @@ def run_key(config: dict, fingerprint: str, numbers: int = NUMBERS) -> str:
     """
     return content_hash({"config": config, "data": fingerprint, "numbers": numbers})
 
-
+# %% ../../nbs/evidence/04_store.ipynb #0deb4137
 @lru_cache
 def package_source() -> str:
     "Return a hash of the package's source, for provenance."
@@ -103,7 +103,7 @@ class RunRecord:
         if key != record.key: raise _edited(path)
         return record
 
-
+# %% ../../nbs/evidence/04_store.ipynb #b12d9052
 def _edited(path) -> AttnnasError:
     return AttnnasError(f"Record {path} does not fit its key: it was edited. Move it away to run "
                         "it again.")
@@ -123,16 +123,17 @@ def upgrade(values: dict, path="") -> dict:
     return values | {"schema_version": 2, "config": config, "numbers": 1,
                      "key": run_key(config, fingerprint, 1)}
 
-
+# %% ../../nbs/evidence/04_store.ipynb #f318cb58
 def upgrade_config(old: dict) -> dict:
     "Return the plain values of a configuration of schema version 1 as those of version 2."
     data = dict(old["data"])
     model = dict(old["model"])
-    network = {name: model[name] for name in ("backbone", "options", "start", "head") if name in model}
+    parts = ("backbone", "options", "start", "head")
+    network = {name: model[name] for name in parts if name in model}
     return {"data": {"name": data.pop("data"), **data}, "network": network, "seed": old["seed"],
             "training": old["training"], "insertion": _upgrade_insertion(old, model)}
 
-
+# %% ../../nbs/evidence/04_store.ipynb #80c56d89
 def _upgrade_insertion(old: dict, model: dict) -> dict:
     kind = model["attention"]
     if kind == "none": return {"kind": "none"}
@@ -141,7 +142,8 @@ def _upgrade_insertion(old: dict, model: dict) -> dict:
     if kind == "supergraph": return made | {"search": old["search"]}
     if kind in ("derived", "random"): made |= {"alpha": model["alpha"], "beta": model["beta"]}
     if kind == "derived": return made | {"search": upgrade_config(old["source"])}
-    if kind == "random": made |= {name: old["search"][name] for name in ("levels", "width", "activations")}
+    drawn = ("levels", "width", "activations")
+    if kind == "random": made |= {name: old["search"][name] for name in drawn}
     return made
 
 # %% ../../nbs/evidence/04_store.ipynb #2a3628d0
@@ -151,7 +153,9 @@ class Store:
     def __init__(self, folder): self.folder = Path(folder)
 
     def path(self, key: str, name: str = "record.json") -> Path:
-        "Return a file of the run `key`: record.json, weights.safetensors or checkpoint.safetensors."
+        """Return a file of the run `key`: record.json, weights.safetensors or
+        checkpoint.safetensors.
+        """
         return self.folder / "runs" / key / name
 
     def get(self, key: str) -> RunRecord | None:
@@ -167,10 +171,13 @@ class Store:
         return [RunRecord.load(path) for path in sorted(self.folder.glob("runs/*/record.json"))]
 
     def known(self, configs) -> dict:
-        """Return {hash: record} of those of `configs` that have one, whatever data it was made with.
+        """Return {hash: record} of those of `configs` that have one, whatever data it was made
+        with.
 
-        A run may have been made more than once, with equal numbers and other seconds. Seconds of one batch compare
-        best: the source that made most of the records counts first, and of two that made as many the later one.
+        A run may have been made more than once, with equal numbers and other seconds. Seconds of
+        one batch compare
+        best: the source that made most of the records counts first, and of two that made as many
+            the later one.
         """
         wanted = {config.hash for config in configs}
         batches = {}
@@ -186,11 +193,13 @@ class Store:
     def rekey(self) -> int:
         """Give the runs of schema version 1 their key of today, in place.
 
-        What lies beside a record moves with it. Of two records that become one run, the later one is given the key,
+        What lies beside a record moves with it. Of two records that become one run, the later one
+        is given the key,
         and the other stays as it is: it is read as before.
         Returns: the number of runs that were given a key.
         """
-        old = [(RunRecord.load(path), path.parent) for path in self.folder.glob("runs/*/record.json")
+        paths = list(self.folder.glob("runs/*/record.json"))
+        old = [(RunRecord.load(path), path.parent) for path in paths
                if read_json(path).get("schema_version") == 1]
         old.sort(key=lambda pair: pair[0].finished, reverse=True)
         free = [(record, folder) for record, folder in old

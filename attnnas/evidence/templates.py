@@ -27,7 +27,7 @@ def project_folder() -> Path:
     raise AttnnasError(f"No nbs/paper at or above {Path.cwd()}: the templates are part of the "
                        "repository. Clone it and run this inside.")
 
-
+# %% ../../nbs/evidence/10_templates.ipynb #212782a3
 def template_path(name: str) -> Path:
     "Return the notebook of template `name`. Raises: AttnnasError for an unknown one."
     folder = project_folder() / "nbs" / "paper"
@@ -38,7 +38,8 @@ def template_path(name: str) -> Path:
 def check_parameters(path, parameters: dict):
     """Check `parameters` against the template at `path`.
 
-    Raises: AttnnasError for a template without its one `parameters` cell, or a parameter that it does not have.
+    Raises: AttnnasError for a template without its one `parameters` cell, or a parameter that it
+        does not have.
     """
     import nbformat
     import papermill
@@ -56,7 +57,8 @@ def run_template(name: str, parameters: dict, output) -> Path:
 
     output: where the executed notebook is written, also where it fails.
     Returns: its path.
-    Raises: AttnnasError for a wrong parameter, before a kernel starts, and for a notebook that fails.
+    Raises: AttnnasError for a wrong parameter, before a kernel starts, and for a notebook that
+        fails.
     """
     import papermill
     from traitlets.config import Config
@@ -64,7 +66,8 @@ def run_template(name: str, parameters: dict, output) -> Path:
     output = Path(output)
     check_parameters(path, parameters)
     output.parent.mkdir(parents=True, exist_ok=True)
-    # By default all kernels have their sockets in nbs/paper, under the same names; TCP would warn on the terminal.
+    # By default all kernels have their sockets in nbs/paper, under the same names; TCP would warn
+    # on the terminal.
     with tempfile.TemporaryDirectory() as sockets:
         local = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
         try: papermill.execute_notebook(str(path), str(output), parameters, progress_bar=False,
@@ -81,14 +84,14 @@ def _made(output: Path) -> dict:
              if path.suffix not in (".ipynb", ".tmp"))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
 
-
+# %% ../../nbs/evidence/10_templates.ipynb #d89405be
 def unchanged(output: Path, key: str) -> bool:
     "Tell whether the notebook `output` was finished under `key` and what it wrote is as it was."
     try: stamp = json.loads(output.read_text(encoding="utf-8"))["metadata"]["attnnas"]
     except (OSError, ValueError, KeyError): return False
     return stamp == {"key": key, "files": _made(output)}
 
-
+# %% ../../nbs/evidence/10_templates.ipynb #9ba3ea41
 def stamp(output: Path, key: str):
     "Write `key`, and what the executed notebook `output` made, into its metadata."
     notebook = json.loads(output.read_text(encoding="utf-8"))

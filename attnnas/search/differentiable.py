@@ -87,7 +87,7 @@ def supergraphs(model: nn.Module) -> dict:
     found = inserted(model).items()
     return {site: module for site, module in found if isinstance(module, Supergraph)}
 
-
+# %% ../../nbs/search/04_differentiable.ipynb #28c3f812
 def connection_parameters(model: nn.Module) -> list:
     "Return the parameters that choose connections and activations, shared ones once."
     found = {}
@@ -95,7 +95,7 @@ def connection_parameters(model: nn.Module) -> list:
         found |= {id(parameter): parameter for parameter in supergraph.connections.parameters()}
     return list(found.values())
 
-
+# %% ../../nbs/search/04_differentiable.ipynb #c47c907b
 def connection_snapshot(model: nn.Module) -> dict:
     "Return the connection weights in use, as nested lists by site; see `EpochLog`."
     snapshot = {}
@@ -113,7 +113,7 @@ def _fixed_activations(supergraph: Supergraph) -> torch.Tensor:
     numbers = [ACTIVATIONS.index(node.activation) for node in supergraph.nodes]
     return F.one_hot(torch.tensor(numbers), len(ACTIVATIONS))
 
-
+# %% ../../nbs/search/04_differentiable.ipynb #7fffdd96
 def cost_of(model: nn.Module, example) -> Callable:
     """Make a function that computes the expected cost of `model`'s supergraphs.
 
@@ -139,7 +139,7 @@ def cost_of(model: nn.Module, example) -> Callable:
 
     return cost
 
-
+# %% ../../nbs/search/04_differentiable.ipynb #477aa8d7
 def search_loss(model: nn.Module, example, cost_weight: float) -> Callable:
     """Make the loss of a search, as a Trainer takes it.
 
@@ -160,7 +160,7 @@ def search_loss(model: nn.Module, example, cost_weight: float) -> Callable:
 def _clip_shape(clips) -> tuple:
     return 1, *clips.batch(torch.zeros(1, dtype=torch.long)).shape[1:]
 
-
+# %% ../../nbs/search/04_differentiable.ipynb #6783263b
 def search_trainer(model: nn.Module, clips, search: SearchConfig, training: TrainingConfig,
                    **options) -> Trainer:
     """Make a Trainer that gives connection weights their own rate and logs them.
@@ -180,7 +180,7 @@ def search_trainer(model: nn.Module, clips, search: SearchConfig, training: Trai
     return Trainer(model, clips, training, own_rates=own_rates, loss=loss, observe=observe,
                    **options)
 
-
+# %% ../../nbs/search/04_differentiable.ipynb #1ab505be
 def result_of(search: SearchConfig, epochs, seed: int, seconds: dict, multiply_adds: int,
               provenance: dict) -> SearchResult:
     """Make the result of a differentiable search.
@@ -194,7 +194,7 @@ def result_of(search: SearchConfig, epochs, seed: int, seconds: dict, multiply_a
                    multiply_adds)
     return SearchResult(search.method, to_plain(search), seed, log, provenance)
 
-
+# %% ../../nbs/search/04_differentiable.ipynb #f8c1b914
 def differentiable(model: nn.Module, clips, search: SearchConfig = SearchConfig(),
                    training: TrainingConfig = TrainingConfig(), sites=None,
                    **options) -> SearchResult:

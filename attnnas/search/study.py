@@ -49,7 +49,7 @@ def _line(kind: str, value) -> bytes:
         raise AttnnasError(f"The {kind} cannot be written as JSON: {error}.") from None
     return f"{line}\n".encode()
 
-
+# %% ../../nbs/search/03_study.ipynb #7b5eae54
 def _parse(line: bytes) -> tuple:
     "(kind, value) of a line. Raises: ValueError for one that is not as it was written."
     entry = json.loads(line)
@@ -60,7 +60,7 @@ def _parse(line: bytes) -> tuple:
     if check != content_hash([kind, value], 8): raise ValueError("its checksum does not fit")
     return kind, value if kind == "study" else Trial.from_dict(value)
 
-
+# %% ../../nbs/search/03_study.ipynb #47a30ceb
 def _differences(there, here, name: str = ""):
     if isinstance(there, dict) and isinstance(here, dict):
         for key in sorted(there.keys() | here.keys()):
@@ -72,7 +72,7 @@ def _differences(there, here, name: str = ""):
 class AnotherStudy(AttnnasError):
     "The journal is of a study with other settings."
 
-
+# %% ../../nbs/search/03_study.ipynb #a7438810
 class Journal:
     """The file of a study, as far as this process has read it.
 
@@ -218,7 +218,7 @@ def describe(objective) -> object:
     named = objective if hasattr(objective, "__qualname__") else type(objective)
     return f"{named.__module__}.{named.__qualname__}"
 
-
+# %% ../../nbs/search/03_study.ipynb #5b8fabcb
 @functools.lru_cache
 def _source(*modules: str) -> str | None:
     "Hash of the source of those `modules` that are this package's; None if none is."
@@ -280,7 +280,7 @@ class Claim(NamedTuple):
     lock: object
     others: list[int]
 
-
+# %% ../../nbs/search/03_study.ipynb #cecc9cf0
 def claim_next(study: Study, journal: Journal, trials: int) -> Claim:
     """Claim a trial that was left, or else the next one.
 
@@ -310,7 +310,7 @@ def claim_next(study: Study, journal: Journal, trials: int) -> Claim:
             break
     return Claim(None, None, others)
 
-
+# %% ../../nbs/search/03_study.ipynb #f4460769
 def work(study: Study, path, trials: int, progress: Callable | None = None,
          parent: int | None = None) -> Journal:
     """Make trials until there are no more to make.
@@ -344,7 +344,7 @@ def _help(study: Study, path, trials: int, parent: int):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the terminal; the parent decides
     with suppress(Interrupted): work(study, path, trials, parent=parent)
 
-
+# %% ../../nbs/search/03_study.ipynb #6efadfac
 def _start(helper):
     try:
         helper.start()
@@ -352,7 +352,7 @@ def _start(helper):
         raise AttnnasError(f"The objective cannot be sent to another process: {error}. "
                            "Use a function or class of a module, or workers=1.") from None
 
-
+# %% ../../nbs/search/03_study.ipynb #32c9cbdb
 @contextmanager
 def _helpers(number: int, *arguments):
     "`number` processes that work along."
@@ -377,7 +377,7 @@ def check_counts(**counts):
         if type(value) is not int or value < 1:
             raise AttnnasError(f"{name} must be a whole number, at least 1; got {value!r}.")
 
-
+# %% ../../nbs/search/03_study.ipynb #b936900e
 def search(study: Study, trials: int, journal=None, workers: int = 1, show: bool = True,
            progress: Callable | None = None) -> SearchResult:
     """Make the first `trials` trials of `study`; those that the journal has are not made again.

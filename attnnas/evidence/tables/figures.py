@@ -61,7 +61,9 @@ def visual_attention_plan(tier: Tier) -> dict:
 
 
 def two_stream_plan(tier: Tier) -> dict:
-    "Return {row of STREAMS: runs, one a seed}: two streams of MobileNetV2, those of the tier's `rows`."
+    """Return {row of STREAMS: runs, one a seed}: two streams of MobileNetV2, those of the tier's
+    `rows`.
+    """
     sizes = settings(tier, "figure_two_stream")
     plan = {}
     for name in sizes["rows"]:

@@ -83,7 +83,8 @@ class Published:
         """Return what the talk prints beside `row`.
 
         reference: the DataFrame of `file`.
-        Returns: published (whose number it is), published_top1, _top5, _delta_top1; empty where the talk prints nothing.
+        Returns: published (whose number it is), published_top1, _top5, _delta_top1; empty where the
+            talk prints nothing.
         Raises: AttnnasError where the talk has such a row and `reference` lacks it.
         """
         network = network_of(row.backbone)

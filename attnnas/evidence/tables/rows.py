@@ -81,7 +81,8 @@ def summarise(row: Row, base: Row | None) -> dict:
     """Return the measured cells of a row.
 
     base: the row that differences are taken from; None gives no differences.
-    Returns: accuracies in percent, differences in points, seconds of one CPU or GPU process, and a note.
+    Returns: accuracies in percent, differences in points, seconds of one CPU or GPU process, and a
+        note.
     """
     finished = [r for r in row.records if r.status == "finished"]
     cells = {"data": row.data, "backbone": row.backbone, "model": row.model, "seeds": len(finished)}
@@ -128,7 +129,9 @@ def _protocol(record: RunRecord, seeds: list) -> dict:
 
 # %% ../../../nbs/evidence/tables/02_rows.ipynb #0c16a49f
 class Collected(NamedTuple):
-    "Rows of a table, the records of the searches whose cells they have, and names of rows that were not run."
+    """Rows of a table, the records of the searches whose cells they have, and names of rows that
+    were not run.
+    """
     rows: list
     searches: list
     missing: list

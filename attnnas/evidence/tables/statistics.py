@@ -36,7 +36,8 @@ def verdict(differences) -> str:
     """Say whether the mean of paired differences is above zero.
 
     differences: points, one a seed.
-    Returns: "held" where the 95 % interval lies above zero, "not held" where it lies below, else "undecided".
+    Returns: "held" where the 95 % interval lies above zero, "not held" where it lies below, else
+        "undecided".
     """
     low, high = interval(differences)
     if low is None: return "undecided"

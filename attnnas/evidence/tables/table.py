@@ -32,10 +32,10 @@ class Kind:
     name: what the row is called.
     insertion: what is inserted ("none", "non-local", "random", "derived").
     head: the classifier ("linear", "mlp").
-    method: how its cell was searched, a name of `attnnas.search.METHODS`; the tier's section of the table may have options
-        of it, under `methods`.
-    moved: where the cell was searched: "" in the same place, in another "backbone", or on other "data". A kind that moves
-        gives a row for each other place.
+    method: how its cell was searched, a name of `attnnas.search.METHODS`; the tier's section of the
+        table may have options of it, under `methods`.
+    moved: where the cell was searched: "" in the same place, in another "backbone", or on other
+        "data". A kind that moves gives a row for each other place.
     """
     name: str
     insertion: str = "none"
@@ -43,7 +43,7 @@ class Kind:
     moved: str = ""
     method: str = "differentiable"
 
-
+# %% ../../../nbs/evidence/tables/05_table.ipynb #3214457e
 BACKBONE = Kind("backbone")
 MLP_HEAD = Kind("backbone, MLP head", head="mlp")
 NON_LOCAL = Kind("non-local", "non-local")
@@ -57,7 +57,8 @@ FROM_DATA = Kind(FROM, "derived", moved="data")
 class Pair:
     """Two rows that a table compares.
 
-    better: the name of the row that should be above, or FROM for each row whose cell was searched elsewhere.
+    better: the name of the row that should be above, or FROM for each row whose cell was searched
+        elsewhere.
     worse: the name of the other row.
     claim: what it means if `better` is above; "" where no claim rests on the pair.
     ours: whether we make the claim, not the talk.
@@ -71,22 +72,24 @@ class Pair:
 
 # %% ../../../nbs/evidence/tables/05_table.ipynb #255f3a9d
 def settings(tier: Tier, name: str) -> dict:
-    "Return the tier's section of table or figure `name`. Raises: AttnnasError where the tier has none."
+    """Return the tier's section of table or figure `name`. Raises: AttnnasError where the tier has
+    none.
+    """
     return choose(name, tier.templates, f"template of tier {tier.name}")
 
-
+# %% ../../../nbs/evidence/tables/05_table.ipynb #ab59770c
 def changed(run: RunConfig, **parts) -> RunConfig:
     "Return `run` with other fields in some of its parts: changed(run, data={'modality': 'flow'})."
     new = {name: dataclasses.replace(getattr(run, name), **fields) for name, fields in parts.items()}
     return dataclasses.replace(run, **new)
 
-
+# %% ../../../nbs/evidence/tables/05_table.ipynb #f5cf06d2
 def row_runs(tier: Tier, place: dict, kind: Kind, searched: dict, sizes: dict, modality: str) -> list:
     """Return the runs of a row, one a seed.
 
     place: {"data", "backbone"} of the row.
-    searched: the place where its cell was searched. Searches see colours, whatever `modality` the row is trained on, and
-        are handed out to the seeds in turn.
+    searched: the place where its cell was searched. Searches see colours, whatever `modality` the
+        row is trained on, and are handed out to the seeds in turn.
     sizes: the tier's section of the table.
     """
     options = sizes.get("options", {})
@@ -106,14 +109,16 @@ def row_runs(tier: Tier, place: dict, kind: Kind, searched: dict, sizes: dict, m
 
 # %% ../../../nbs/evidence/tables/05_table.ipynb #64fbbcd6
 class Made(NamedTuple):
-    "A table that was made: its rows, its Markdown, sentences on its pairs, its picture, and the files that were written."
+    """A table that was made: its rows, its Markdown, sentences on its pairs, its picture, and the
+    files that were written.
+    """
     rows: list
     text: str
     outcome: list
     figure: object
     paths: list
 
-
+# %% ../../../nbs/evidence/tables/05_table.ipynb #9f9df79e
 @dataclass(frozen=True)
 class Table:
     """What is compared, whatever its size.
@@ -192,7 +197,9 @@ class Table:
         return frame, table_text(title, frame, collected, outcome, note), outcome
 
     def draw(self, rows):
-        "Return the table's picture: a dot a seed, a dashed line for the bag ceiling, a dotted one for the linear limit."
+        """Return the table's picture: a dot a seed, a dashed line for the bag ceiling, a dotted one
+        for the linear limit.
+        """
         return dots(rows, limits_of(rows))
 
     def make(self, tier: Tier, results, reference, device: str = "auto", rebuild: bool = False) -> Made:
@@ -229,9 +236,11 @@ def sentences(rows, pairs) -> list:
                          f"({np.mean(delta):+.1f} points{spread}, {counted(len(delta), 'seed')}).")
     return found
 
-
+# %% ../../../nbs/evidence/tables/05_table.ipynb #79c1a2c7
 def names_of(pairs, rows) -> list:
-    "Return [(better, worse)] of row names; FROM stands for each row whose cell was searched elsewhere."
+    """Return [(better, worse)] of row names; FROM stands for each row whose cell was searched
+    elsewhere.
+    """
     names = []
     for better in dict.fromkeys(pair.better for pair in pairs):
         moved = dict.fromkeys(row.model for row in rows if row.model.startswith(FROM))

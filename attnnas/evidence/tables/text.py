@@ -51,7 +51,9 @@ def _unreadable(records) -> str:
 
 # %% ../../../nbs/evidence/tables/04_text.ipynb #657a7957
 def search_costs(rows, searches) -> list:
-    "Say of each search how many trainings of its plain backbone it cost, where the table has that row."
+    """Say of each search how many trainings of its plain backbone it cost, where the table has that
+    row.
+    """
     plain = {place: np.mean([r.seconds["cpu"] for r in row.records]) for place, row in bases(rows).items()}
     sentences = []
     for record in searches:
@@ -65,7 +67,9 @@ def search_costs(rows, searches) -> list:
 
 # %% ../../../nbs/evidence/tables/04_text.ipynb #43dabfb6
 def limits_of(rows) -> dict:
-    "Return {data: (bag ceiling, linear limit)} in percent, of the data sets of `rows` that have them."
+    """Return {data: (bag ceiling, linear limit)} in percent, of the data sets of `rows` that have
+    them.
+    """
     limits = {}
     for data in dict.fromkeys(row.data for row in rows if row.data in BENCHMARKS):
         found = ceilings(benchmark(data))
@@ -82,7 +86,8 @@ def ceiling_note(limits: dict) -> str:
 def markdown_table(frame) -> str:
     """Format what a reader sees of a comparison.
 
-    frame: a line a row, as `summarise` makes it, with the published columns where the talk has the table.
+    frame: a line a row, as `summarise` makes it, with the published columns where the talk has the
+        table.
     """
     import pandas as pd
     lines = [_measured(cells) | _printed(cells) for cells in frame.itertuples()]
@@ -111,7 +116,8 @@ another scale: compare the order of rows, not the numbers."""
 
 
 def table_text(title: str, frame, collected, outcome, note: str = "") -> str:
-    """Return the Markdown of a table: its rows, how to read it, its sentences, and what it was made with.
+    """Return the Markdown of a table: its rows, how to read it, its sentences, and what it was made
+    with.
 
     title: the heading.
     frame: the rows, as `markdown_table` takes them.

@@ -26,7 +26,7 @@ def fused_frame(rows):
     import pandas as pd
     return pd.DataFrame(_fused(row) for row in rows)
 
-
+# %% ../../../nbs/evidence/tables/12_two_streams.ipynb #ac2a4d69
 def _fused(row) -> dict:
     cells = {"model": row.model, "seeds": len(row.values())}
     for name in GROUPS:
@@ -37,7 +37,7 @@ def _fused(row) -> dict:
     return cells | {"parameters": first.parameters, "gflops": first.gflops,
                     "cpu_seconds": float(np.mean(seconds))}
 
-
+# %% ../../../nbs/evidence/tables/12_two_streams.ipynb #e68696c7
 def fused_table(frame) -> str:
     "Return the Markdown of `fused_frame`."
     import pandas as pd
@@ -69,7 +69,7 @@ def by_stream(model, clips) -> dict:
     both = (rgb, flow, model.fuse(rgb, flow))
     return {name: score(scores, clips.labels, clips.groups) for name, scores in zip(STREAM_NAMES, both)}
 
-
+# %% ../../../nbs/evidence/tables/12_two_streams.ipynb #0c19c3a8
 def stream_lines(rows, clips, store: Store, rebuild: bool = False) -> list:
     """Return a line a row, seed and stream: top-1 in percent over all clips and over each kind.
 
@@ -95,9 +95,11 @@ def stream_lines(rows, clips, store: Store, rebuild: bool = False) -> list:
                 lines.append({"model": row.model, "stream": stream, "seed": record.run.seed} | top)
     return lines
 
-
+# %% ../../../nbs/evidence/tables/12_two_streams.ipynb #148aa89a
 def stream_table(streams) -> str:
-    "Return the Markdown of `stream_lines`, given as a DataFrame: a line a model, a column a stream."
+    """Return the Markdown of `stream_lines`, given as a DataFrame: a line a model, a column a
+    stream.
+    """
     import pandas as pd
     means = {}
     for stream, group in streams.groupby("stream", sort=False):
@@ -105,9 +107,11 @@ def stream_table(streams) -> str:
         means[stream] = {model: plus_minus(*mean_sd(seeds["all"])) for model, seeds in models}
     return pd.DataFrame(means).to_markdown()
 
-
+# %% ../../../nbs/evidence/tables/12_two_streams.ipynb #c3d1c838
 def stream_dots(streams, models: list):
-    "Draw a dot a seed: top-1 of each stream over all classes, one event and two; return the Figure."
+    """Draw a dot a seed: top-1 of each stream over all classes, one event and two; return the
+    Figure.
+    """
     import matplotlib.pyplot as plt
     titles = {"all": "all classes", "single": "one event", "relation": "two events"}
     figure, axes = plt.subplots(1, 3, figsize=(9, 0.9 + 0.5 * len(models)), sharex=True, sharey=True,
@@ -138,7 +142,7 @@ def first_single(run, clips) -> tuple:
     active = actors[clips.factors["active"][clip]].any(0)
     return clips.video[clip], active, clips.classes[clips.labels[clip]]
 
-
+# %% ../../../nbs/evidence/tables/12_two_streams.ipynb #ea06cbd2
 def flow_heatmaps(model, video, actor):
     """Draw the flow stream's masks over a clip, a line a stage and a column a stack of flow fields.
 
