@@ -27,8 +27,9 @@ def parser() -> argparse.ArgumentParser:
     def add(name: str, run, help: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
         command.set_defaults(run=run)
-        command.add_argument("--results", default="reproduced", help="folder of run records, tables "
-                             "and pictures (default: %(default)s)")
+        command.add_argument("--results", default="reproduced",
+                             help="folder of run records, tables and pictures "
+                             "(default: %(default)s)")
         return command
 
     for module in COMMANDS: module.add_commands(add)
@@ -50,7 +51,7 @@ def main(argv=None) -> int:
         print(f"attnnas {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"attnnas {args.command}: stopped. Finished runs are kept; the same command continues.",
-              file=sys.stderr)
+        print(f"attnnas {args.command}: stopped. Finished runs are kept; the same command "
+              "continues.", file=sys.stderr)
         return 130
     return 0

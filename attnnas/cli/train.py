@@ -56,7 +56,8 @@ def _train(args):
     by_kind = test["by"].get("kind", {})
     kinds = "".join(f", {kind} {found['top1']:.1f}" for kind, found in by_kind.items())
     print(f"Test accuracy {test['top1']:.1f} % (top-5 {test['top5']:.1f}{kinds}) "
-          f"on {test['count']} clips; {record.parameters:,} parameters, {record.gflops:.4g} GFLOPs, "
+          f"on {test['count']} clips; {record.parameters:,} parameters, "
+          f"{record.gflops:.4g} GFLOPs, "
           f"{record.seconds['wall']:.0f} s.")
 
 # %% ../../nbs/cli/03_train.ipynb #c24df46e

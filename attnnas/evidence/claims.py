@@ -15,7 +15,8 @@ from .config import Tier
 from .executor import NoRecord
 from .store import Store
 from .tables.published import FROM, published
-from .tables.rows import Collected, bases, collect, differences, place_of
+from .tables.rows import (Collected, bases, collect, cpu_seconds,
+                                            differences, place_of)
 from .tables.statistics import counted, interval, number, verdict
 from .tables.table import Pair, Table
 from .tables.table_0_benchmark import table_0_benchmark
@@ -80,7 +81,8 @@ def claim_line(table: Table, pair: Pair, rows, reference) -> dict:
             measured.append(f"{place[0]}, {place[1]},{name} {counted(len(delta), 'seed')}: "
                             f"{np.mean(delta):+.1f}{spread} {verdict(delta)}")
             verdicts.append(verdict(delta))
-            known = [table.published.cells(reference, row)["published_top1"] for row in (ours, theirs)]
+            cells = [table.published.cells(reference, row) for row in (ours, theirs)]
+            known = [found["published_top1"] for found in cells]
             if None not in known: printed.append(f"{known[0] - known[1]:+.2f}")
     return {"claim": pair.claim, "published": ", ".join(printed),
             MEASURED: "; ".join(measured) or "no records", "verdict": together(verdicts)}
@@ -90,22 +92,22 @@ def cost_line(rows, searches) -> dict:
     "Return what the searches cost, in trainings of their backbone by CPU time."
     claim = {"claim": "a search costs as much as one training", "published": "1 training"}
     if not searches: return claim | {MEASURED: "no records", "verdict": "not run"}
-    plain = {place: np.mean([r.seconds["cpu"] for r in row.records]) for place, row in bases(rows).items()}
+    plain = {place: cpu_seconds(row) for place, row in bases(rows).items()}
     ratios = [r.seconds["cpu"] / plain[place_of(r)] for r in searches]
     low, high = interval(ratios)
     spread = f" ({number(low)} to {number(high)})" if low is not None else ""
-    return claim | {MEASURED: f"{np.mean(ratios):.1f} trainings of the small backbone{spread}, {len(ratios)} measured",
-                    "verdict": "held" if np.mean(ratios) <= AS_MUCH else "not held"}
+    mean = np.mean(ratios)
+    measured = f"{mean:.1f} trainings of the small backbone{spread}, {len(ratios)} measured"
+    return claim | {MEASURED: measured, "verdict": "held" if mean <= AS_MUCH else "not held"}
 
 # %% ../../nbs/evidence/07_claims.ipynb #27f5a0c0
-TEXT = """## Claims at the {tier} tier
-
-{lines}
-
-Differences are paired by seed. *Held*, *not held*: the interval lies above, below zero, in every, in any place; else *undecided*.
-Published: differences of two printed numbers, of networks of full size on real videos. A search costs *as much as one training* up to
-{as_much} times. What is not listed as measured was not run.
-"""
+TEXT = (
+    "## Claims at the {tier} tier\n\n{lines}\n\n"
+    "Differences are paired by seed. *Held*, *not held*: the interval lies above, below zero, in "
+    "every, in any place; else *undecided*.\n"
+    "Published: differences of two printed numbers, of networks of full size on real videos. A "
+    "search costs *as much as one training* up to\n"
+    "{as_much} times. What is not listed as measured was not run.\n")
 
 
 def write_claims(tier: Tier, results, reference) -> list:

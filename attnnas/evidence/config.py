@@ -24,7 +24,6 @@ from .insertions import (
 from .sources import Generated, Source, source_of
 from ..networks.registry import create_model
 from ..networks.weights import imagenet_weights, inflate
-from ..search.differentiable import SearchConfig
 from ..search.methods import METHODS, search_config
 from ..training.loop import TrainingConfig
 

@@ -11,7 +11,6 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..core.errors import AttnnasError
 from ..core.hashes import content_hash
 from ..core.options import check, from_fields, option, to_plain
 from ..data import pictures, synthetic

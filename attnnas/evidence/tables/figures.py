@@ -70,7 +70,8 @@ def two_stream_plan(tier: Tier) -> dict:
         options = sizes["options"] | STREAMS[name]
         runs = [tier.run(sizes["data"], "mobilenetv2_two_stream", "none", seed, options=options)
                 for seed in sizes["seeds"]]
-        plan[name] = [changed(run, data={"modality": "rgb+flow"}, training=sizes.get("training", {}))
+        training = sizes.get("training", {})
+        plan[name] = [changed(run, data={"modality": "rgb+flow"}, training=training)
                       for run in runs]
     return plan
 

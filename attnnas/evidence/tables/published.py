@@ -15,7 +15,7 @@ from .rows import Row
 # %% ../../../nbs/evidence/tables/03_published.ipynb #bbc724a2
 ROLES = {"A": "kinetics600", "B": "mit"}
 NETWORKS = {"i3d": "I3D", "s3d": "S3D", "i3d_r50": "I3D-R50"}
-FROM = "cell from "  # begins the name of a row whose cell was searched elsewhere, and is followed by where
+FROM = "cell from "  # and where it was searched: a row whose cell comes from elsewhere
 LABELS = {"backbone": "backbone", "non-local": "non-local", "derived cell": "attention-cell"}
 NUMBERS = ("top1", "top5", "delta_top1")
 
@@ -94,8 +94,9 @@ class Published:
         prefix = self.prefix(row.data)
         match = reference[(reference["backbone"] == network) & (reference[self.column] == label)]
         if not len(match) or f"{prefix}_top1" not in reference:
-            raise AttnnasError(f"The published table has no row {network}, {self.column} {label}, with {prefix}, beside "
-                               f"{row.model!r} on {row.data}, {row.backbone}. Restore it in results/reference.")
+            raise AttnnasError(f"The published table has no row {network}, {self.column} {label}, "
+                               f"with {prefix}, beside {row.model!r} on {row.data}, "
+                               f"{row.backbone}. Restore it in results/reference.")
         found = {f"published_{name}": match.iloc[0][f"{prefix}_{name}"] for name in NUMBERS}
         return {"published": f"{network} on {role_of(row.data)}"} | found
 

@@ -80,11 +80,13 @@ def settings(tier: Tier, name: str) -> dict:
 # %% ../../../nbs/evidence/tables/05_table.ipynb #ab59770c
 def changed(run: RunConfig, **parts) -> RunConfig:
     "Return `run` with other fields in some of its parts: changed(run, data={'modality': 'flow'})."
-    new = {name: dataclasses.replace(getattr(run, name), **fields) for name, fields in parts.items()}
+    new = {name: dataclasses.replace(getattr(run, name), **fields)
+           for name, fields in parts.items()}
     return dataclasses.replace(run, **new)
 
 # %% ../../../nbs/evidence/tables/05_table.ipynb #f5cf06d2
-def row_runs(tier: Tier, place: dict, kind: Kind, searched: dict, sizes: dict, modality: str) -> list:
+def row_runs(tier: Tier, place: dict, kind: Kind, searched: dict, sizes: dict,
+             modality: str) -> list:
     """Return the runs of a row, one a seed.
 
     place: {"data", "backbone"} of the row.
@@ -94,7 +96,8 @@ def row_runs(tier: Tier, place: dict, kind: Kind, searched: dict, sizes: dict, m
     """
     options = sizes.get("options", {})
 
-    def make(place, **what): return tier.run(**place, options=options.get(place["backbone"]), **what)
+    def make(place, **what):
+        return tier.run(**place, options=options.get(place["backbone"]), **what)
 
     runs = []
     for i, seed in enumerate(sizes["seeds"]):
@@ -105,7 +108,8 @@ def row_runs(tier: Tier, place: dict, kind: Kind, searched: dict, sizes: dict, m
             source = make(searched, insertion="search", seed=search_seeds[i % len(search_seeds)],
                           search=search)
         runs.append(make(place, insertion=kind.insertion, head=kind.head, seed=seed, source=source))
-    return runs if modality == "rgb" else [changed(run, data={"modality": modality}) for run in runs]
+    if modality == "rgb": return runs
+    return [changed(run, data={"modality": modality}) for run in runs]
 
 # %% ../../../nbs/evidence/tables/05_table.ipynb #64fbbcd6
 class Made(NamedTuple):
@@ -153,7 +157,8 @@ class Table:
             for data in sizes["data"]:
                 place = {"data": data, "backbone": backbone}
                 for row, kind, searched in self._rows_at(place, sizes):
-                    plan[data, backbone, row] = row_runs(tier, place, kind, searched, sizes, self.modality)
+                    runs = row_runs(tier, place, kind, searched, sizes, self.modality)
+                    plan[data, backbone, row] = runs
         return plan
 
     def _rows_at(self, place: dict, sizes: dict) -> list:
@@ -202,7 +207,8 @@ class Table:
         """
         return dots(rows, limits_of(rows))
 
-    def make(self, tier: Tier, results, reference, device: str = "auto", rebuild: bool = False) -> Made:
+    def make(self, tier: Tier, results, reference, device: str = "auto",
+             rebuild: bool = False) -> Made:
         """Make what is missing of the table, and write it and its picture to `results`/<tier>.
 
         results: the folder of records and results.

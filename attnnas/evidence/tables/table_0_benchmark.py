@@ -27,8 +27,8 @@ def readers(data: str) -> dict:
 def enough(cells) -> str:
     "Say whether the backbone sees single events well."
     reached = cells.single is not None and cells.single >= ENOUGH
-    return (f"{cells.data}, {cells.backbone}: single classes at {number(cells.single)} %, 90 % asked: "
-            f"**{'held' if reached else 'not held'}** ({counted(cells.seeds, 'seed')}).")
+    return (f"{cells.data}, {cells.backbone}: single classes at {number(cells.single)} %, 90 % "
+            f"asked: **{'held' if reached else 'not held'}** ({counted(cells.seeds, 'seed')}).")
 
 # %% ../../../nbs/evidence/tables/06_table_0_benchmark.ipynb #7269ef13
 @dataclass(frozen=True)
@@ -44,16 +44,12 @@ class BenchmarkTable(Table):
         outcome = [enough(cells) for cells in frame.itertuples()]
         sentences = "\n".join(f"- {sentence}" for sentence in outcome)
         made = "\n".join(f"{row.data}: {provenance([row])}\n" for row in rows)
-        text = f"""## Table 0 ({tier.name} tier): {self.title}
-
-{pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)}
-
-The plain backbone's accuracies in percent on test clips, mean ± standard deviation over seeds; the last columns are
-readers of the true events, in percent, exact for each data set's classes.
-
-{sentences}
-
-{made}"""
+        table = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
+        text = (f"## Table 0 ({tier.name} tier): {self.title}\n\n{table}\n\n"
+                "The plain backbone's accuracies in percent on test clips, mean ± standard deviation "
+                "over seeds; the last columns are\n"
+                "readers of the true events, in percent, exact for each data set's classes.\n\n"
+                f"{sentences}\n\n{made}")
         return frame, text, outcome
 
     def draw(self, rows):
@@ -86,7 +82,9 @@ def _curves(ax, row):
         ax.plot(epochs, [epoch["top1"] for epoch in record.history], "C0.-", label="training")
         ax.plot(epochs, watched, "C1.--", label="validation")
     limits = readers(row.data)
-    if limits: ax.axhline(100 * limits["bag of local events"], ls=":", color="0.4", label="bag ceiling")
+    if limits:
+        ceiling = 100 * limits["bag of local events"]
+        ax.axhline(ceiling, ls=":", color="0.4", label="bag ceiling")
     ax.set(title=f"data set {row.data}, {row.backbone}", xlabel="epoch", xticks=epochs)
 
 

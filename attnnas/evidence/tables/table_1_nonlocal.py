@@ -16,7 +16,9 @@ table_1_nonlocal = Table(
     rows=(BACKBONE, MLP_HEAD, NON_LOCAL, RANDOM, DERIVED),
     pairs=(Pair("non-local", "backbone", "non-local blocks are better than nothing"),
            Pair("derived cell", "backbone", "a searched cell is better than nothing"),
-           Pair("derived cell", "non-local", "a searched cell is better than non-local blocks", main=True),
-           Pair("derived cell", "random cell", "searching is better than a random cell (ours)", ours=True)),
+           Pair("derived cell", "non-local", "a searched cell is better than non-local blocks",
+                main=True),
+           Pair("derived cell", "random cell", "searching is better than a random cell (ours)",
+                ours=True)),
     published=Published("table_1_nonlocal"),
     note="Networks see colours.")

@@ -13,7 +13,8 @@ from .table import BACKBONE, DERIVED, NON_LOCAL, RANDOM, Pair, Table
 table_2_modalities = Table(
     "table_2_modalities", "from colours to optical flow",
     rows=(BACKBONE, NON_LOCAL, RANDOM, DERIVED),
-    pairs=(Pair("derived cell", "backbone", "a cell searched on colours helps on optical flow", main=True),
+    pairs=(Pair("derived cell", "backbone", "a cell searched on colours helps on optical flow",
+                main=True),
            Pair("derived cell", "non-local"), Pair("derived cell", "random cell")),
     published=Published("table_2_modalities"),
     note="Networks see optical flow; cells were searched on colours.",

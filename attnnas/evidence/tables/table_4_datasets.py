@@ -14,7 +14,8 @@ table_4_datasets = Table(
     "table_4_datasets", "from one data set to another",
     rows=(BACKBONE, RANDOM, DERIVED, FROM_DATA),
     pairs=(Pair(FROM, "backbone", "a cell searched on another data set helps", main=True),
-           Pair(FROM, "random cell", "a cell from elsewhere is better than a random one (ours)", ours=True),
+           Pair(FROM, "random cell", "a cell from elsewhere is better than a random one (ours)",
+                ours=True),
            Pair(FROM, "derived cell")),
     published=Published("table_4_datasets", moved="data"),
     note="'cell from X' was searched on data set X.")

@@ -10,12 +10,10 @@ __all__ = ['READING', 'TALK', 'provenance', 'search_costs', 'limits_of', 'ceilin
 import io
 from pathlib import Path
 
-import numpy as np
-
 from ...core.files import write_atomic
 from ...data.ceilings import ceilings
 from ...data.synthetic import BENCHMARKS, benchmark
-from .rows import bases, modality_of, place_of
+from .rows import bases, cpu_seconds, modality_of, place_of
 from .statistics import counted, number, plus_minus
 
 # %% ../../../nbs/evidence/tables/04_text.ipynb #62c94e31
@@ -38,7 +36,8 @@ def _clips(record) -> str:
     words = {"train": "training", "validation": "validation", "test": "test"}
     parts = [f"{record.data[f'{split}_clips']} {word}" for split, word in words.items()
              if f"{split}_clips" in record.data]
-    text = f"{', '.join(parts[:-1])} and {parts[-1]} clips of {data.frames} frames at {data.size}x{data.size}"
+    counts = f"{', '.join(parts[:-1])} and {parts[-1]}"
+    text = f"{counts} clips of {data.frames} frames at {data.size}x{data.size}"
     if not getattr(data, "listed", False): return text
     _, _, frames, size, _ = data.tested_shape
     return f"{text}, tested in {frames} frames at {size}x{size}"
@@ -54,15 +53,16 @@ def search_costs(rows, searches) -> list:
     """Say of each search how many trainings of its plain backbone it cost, where the table has that
     row.
     """
-    plain = {place: np.mean([r.seconds["cpu"] for r in row.records]) for place, row in bases(rows).items()}
+    plain = {place: cpu_seconds(row) for place, row in bases(rows).items()}
     sentences = []
     for record in searches:
         place = place_of(record)
         sees_the_same = modality_of(record) == modality_of(rows[0].records[0])
         if place not in plain or not sees_the_same: continue
         cost = record.seconds["cpu"]
-        sentences.append(f"Search {record.run.seed} on {place[0]}, {place[1]}: {cost:.0f} CPU-seconds, "
-                         f"{cost / plain[place]:.1f} times a training of the backbone.")
+        times = cost / plain[place]
+        sentences.append(f"Search {record.run.seed} on {place[0]}, {place[1]}: {cost:.0f} "
+                         f"CPU-seconds, {times:.1f} times a training of the backbone.")
     return sentences
 
 # %% ../../../nbs/evidence/tables/04_text.ipynb #43dabfb6
@@ -109,8 +109,10 @@ def _printed(c) -> dict:
             "published Δ": number(c.published_delta_top1, 2, True)}
 
 # %% ../../../nbs/evidence/tables/04_text.ipynb #76ac3a41
-READING = """Accuracies in percent on test clips, mean ± standard deviation over seeds; Δ is paired by seed, in points, against the
-backbone. {note} GFLOPs are 2 x multiply-adds of one clip."""
+READING = (
+    "Accuracies in percent on test clips, mean ± standard deviation over seeds; Δ is paired by "
+    "seed, in points, against the\n"
+    "backbone. {note} GFLOPs are 2 x multiply-adds of one clip.")
 TALK = """ Published: AttentionNAS, networks of full size, other data and
 another scale: compare the order of rows, not the numbers."""
 
@@ -128,7 +130,8 @@ def table_text(title: str, frame, collected, outcome, note: str = "") -> str:
     rows = collected.rows
     lines = [*outcome, *search_costs(rows, collected.searches)]
     if collected.missing: lines.append(f"Not run: {'; '.join(map(', '.join, collected.missing))}.")
-    groups = {data: [row for row in rows if row.data == data] for data in dict.fromkeys(row.data for row in rows)}
+    groups = {}
+    for row in rows: groups.setdefault(row.data, []).append(row)
     made = [f"- {data}: {provenance(group)}" for data, group in groups.items()]
     reading = READING.format(note=note) + (TALK if "published" in frame else "")
     return "\n".join([f"## {title}", "", markdown_table(frame), "", reading, "",

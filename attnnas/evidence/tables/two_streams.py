@@ -67,7 +67,8 @@ def by_stream(model, clips) -> dict:
     rgb = torch.cat([scores[0] for scores in parts])
     flow = torch.cat([scores[1] for scores in parts])
     both = (rgb, flow, model.fuse(rgb, flow))
-    return {name: score(scores, clips.labels, clips.groups) for name, scores in zip(STREAM_NAMES, both)}
+    return {name: score(scores, clips.labels, clips.groups)
+            for name, scores in zip(STREAM_NAMES, both)}
 
 # %% ../../../nbs/evidence/tables/12_two_streams.ipynb #0c19c3a8
 def stream_lines(rows, clips, store: Store, rebuild: bool = False) -> list:
@@ -114,8 +115,8 @@ def stream_dots(streams, models: list):
     """
     import matplotlib.pyplot as plt
     titles = {"all": "all classes", "single": "one event", "relation": "two events"}
-    figure, axes = plt.subplots(1, 3, figsize=(9, 0.9 + 0.5 * len(models)), sharex=True, sharey=True,
-                                layout="constrained")
+    size = (9, 0.9 + 0.5 * len(models))
+    figure, axes = plt.subplots(1, 3, figsize=size, sharex=True, sharey=True, layout="constrained")
     for ax, kind in zip(axes, GROUPS):
         for shift, stream, mark in zip((-.2, 0, .2), STREAM_NAMES, "os^"):
             group = streams[streams.stream == stream]
@@ -155,7 +156,8 @@ def flow_heatmaps(model, video, actor):
     stack = model.flow.stack
     count = next(iter(masks.values())).shape[2]
     size = (1.6 * count + 1, 1.6 * len(masks) + .5)
-    figure, axes = plt.subplots(len(masks), count, figsize=size, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(masks), count, figsize=size, squeeze=False,
+                                layout="constrained")
     for line, (stage, mask) in zip(axes, masks.items()):
         heat = scaled(to_heat(mask, (count, *video.shape[2:])))[0]
         for t, ax in enumerate(line):
