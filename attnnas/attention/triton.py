@@ -14,16 +14,20 @@ from torch.autograd.function import once_differentiable
 
 # %% ../../nbs/attention/01_triton.ipynb #5af3266e
 HAS_TRITON = find_spec("triton") is not None
-if HAS_TRITON: triton, tl = import_module("triton"), import_module("triton.language")
+if HAS_TRITON:
+    triton = import_module("triton")
+    tl = import_module("triton.language")
 constexpr = tl.constexpr if HAS_TRITON else None
 
 
-def _kernel(function): return triton.jit(function) if HAS_TRITON else function
+def _kernel(function):
+    "Compile a function with Triton, where there is one."
+    return triton.jit(function) if HAS_TRITON else function
 
 # %% ../../nbs/attention/01_triton.ipynb #46953d5e
 @_kernel
 def _load(matrix, start, rows, columns, ROWS: constexpr, COLUMNS: constexpr):
-    "Rows start .. start + ROWS of a matrix (rows, columns), with zeros where it ends."
+    "Load ROWS rows of a matrix (rows, columns) from `start` on, with zeros past its end."
     i = start + tl.arange(0, ROWS)[:, None]
     j = tl.arange(0, COLUMNS)[None, :]
     return tl.load(matrix + i * columns + j, mask=(i < rows) & (j < columns), other=0.0)
@@ -31,13 +35,16 @@ def _load(matrix, start, rows, columns, ROWS: constexpr, COLUMNS: constexpr):
 
 @_kernel
 def _store(matrix, tile, start, rows, columns, ROWS: constexpr, COLUMNS: constexpr):
+    "Store a tile as rows of a matrix (rows, columns) from `start` on, as far as the matrix goes."
     i = start + tl.arange(0, ROWS)[:, None]
     j = tl.arange(0, COLUMNS)[None, :]
-    tl.store(matrix + i * columns + j, tile.to(matrix.dtype.element_ty), mask=(i < rows) & (j < columns))
+    exists = (i < rows) & (j < columns)
+    tl.store(matrix + i * columns + j, tile.to(matrix.dtype.element_ty), mask=exists)
 
 
 @_kernel
 def _weights(q, k, scale, ACTIVATION: constexpr, PRECISION: constexpr):
+    "Compute the weights p(scale q k^T) of a tile of queries and a tile of keys."
     w = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if ACTIVATION == "relu": w = tl.maximum(w, 0.0)
     if ACTIVATION == "sigmoid": w = 1 / (1 + tl.exp(-w))
@@ -46,15 +53,17 @@ def _weights(q, k, scale, ACTIVATION: constexpr, PRECISION: constexpr):
 
 @_kernel
 def _slope(w, dw, ACTIVATION: constexpr):
-    "Gradient of the scores, from the weights and their gradient."
+    "Compute the gradient of the scores from the weights and their gradient."
     if ACTIVATION == "relu": dw = tl.where(w > 0, dw, 0.0)
     if ACTIVATION == "sigmoid": dw = dw * w * (1 - w)
     return dw
 
 # %% ../../nbs/attention/01_triton.ipynb #d34f0d10
 @_kernel
-def _forward(query, key, value, output, scale, queries, keys, features, width, ACTIVATION: constexpr,
-             PRECISION: constexpr, TILE: constexpr, R: constexpr, V: constexpr):
+def _forward(query, key, value, output, scale, queries, keys, features, width,
+             ACTIVATION: constexpr, PRECISION: constexpr, TILE: constexpr, R: constexpr,
+             V: constexpr):
+    "Compute the output of a tile of queries."
     start = tl.program_id(0) * TILE
     clip = tl.program_id(1).to(tl.int64)
     key += clip * keys * features
@@ -69,9 +78,10 @@ def _forward(query, key, value, output, scale, queries, keys, features, width, A
 
 # %% ../../nbs/attention/01_triton.ipynb #e6382081
 @_kernel
-def _backward_keys(query, key, value, gradient, d_key, d_value, scale, queries, keys, features, width,
-                   ACTIVATION: constexpr, PRECISION: constexpr, TILE: constexpr, R: constexpr,
-                   V: constexpr):
+def _backward_keys(query, key, value, gradient, d_key, d_value, scale, queries, keys, features,
+                   width, ACTIVATION: constexpr, PRECISION: constexpr, TILE: constexpr,
+                   R: constexpr, V: constexpr):
+    "Compute the gradients of a tile of keys and of their values."
     start = tl.program_id(0) * TILE
     clip = tl.program_id(1).to(tl.int64)
     query += clip * queries * features
@@ -95,6 +105,7 @@ def _backward_keys(query, key, value, gradient, d_key, d_value, scale, queries, 
 def _backward_queries(query, key, value, gradient, d_query, scale, queries, keys, features, width,
                       ACTIVATION: constexpr, PRECISION: constexpr, TILE: constexpr,
                       R: constexpr, V: constexpr):
+    "Compute the gradient of a tile of queries."
     start = tl.program_id(0) * TILE
     clip = tl.program_id(1).to(tl.int64)
     key += clip * keys * features
@@ -108,33 +119,49 @@ def _backward_queries(query, key, value, gradient, d_query, scale, queries, keys
         w = _weights(q, k, scale, ACTIVATION, PRECISION)
         ds = _slope(w, tl.dot(g, tl.trans(v), input_precision=PRECISION), ACTIVATION)
         dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
-    _store(d_query + clip * queries * features, dq * (scale / keys), start, queries, features, TILE, R)
+    d_query += clip * queries * features
+    _store(d_query, dq * (scale / keys), start, queries, features, TILE, R)
 
 # %% ../../nbs/attention/01_triton.ipynb #3f284ad7
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def supported(*tensors: torch.Tensor) -> bool:
-    "Whether the kernels take these (..., positions, features): at most 256 features of float32 or half precision."
-    return HAS_TRITON and all(t.dtype == tensors[0].dtype in TYPES and t.shape[-1] <= 256 for t in tensors)
+    """Tell whether the kernels take these tensors.
+
+    tensors: (..., positions, features) each. The kernels take up to 256 features, of one type:
+        float32 or half precision.
+    """
+    if not HAS_TRITON: return False
+    return all(t.dtype == tensors[0].dtype in TYPES and t.shape[-1] <= 256 for t in tensors)
 
 
-def _power(n: int) -> int: return max(16, 1 << (n - 1).bit_length())
+def _power(n: int) -> int:
+    "Return the smallest power of two that is not below n, but at least 16."
+    return max(16, 1 << (n - 1).bit_length())
 
 
 def tile_of(features: int, width: int, bytes_each: int) -> int:
-    "Positions of a tile: 16 to 64."
-    return min(64, max(16, 16384 // (max(_power(features), _power(width)) * bytes_each)))
+    """Return the number of positions of a tile, from 16 to 64.
+
+    features: of a query and of a key.
+    width: features of a value.
+    bytes_each: bytes of a number.
+    """
+    row = max(_power(features), _power(width)) * bytes_each
+    return min(64, max(16, 16384 // row))
 
 
 def _launch(kernel, positions, tensors, activation, scale):
     query, key, value = tensors[:3]
-    (clips, queries, features), (keys, width) = query.shape, value.shape[1:]
+    clips, queries, features = query.shape
+    keys, width = value.shape[1:]
     tile = tile_of(features, width, query.element_size())
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    kernel[(-(-positions // tile), clips)](*tensors, scale, queries, keys, features, width, ACTIVATION=activation,
-                                           PRECISION=precision, TILE=tile, R=_power(features), V=_power(width),
-                                           num_stages=2)
+    grid = (-(-positions // tile), clips)
+    kernel[grid](*tensors, scale, queries, keys, features, width, ACTIVATION=activation,
+                 PRECISION=precision, TILE=tile, R=_power(features), V=_power(width),
+                 num_stages=2)
 
 # %% ../../nbs/attention/01_triton.ipynb #ed4d1cb2
 class _Tiles(torch.autograd.Function):
@@ -160,8 +187,13 @@ class _Tiles(torch.autograd.Function):
 
 def attend_tiles(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, activation: str,
                  scale: float) -> torch.Tensor:
-    """p(scale Q K^T) V / P for p none, relu or sigmoid: (B, Q, R), (B, P, R), (B, P, V) -> (B, Q, V).
+    """Compute p(scale Q K^T) V / P, on a CUDA device. It is once differentiable.
 
-    For what `supported` accepts, on a CUDA device. Once differentiable.
+    query: (B, Q, R), B clips, Q queries and R features.
+    key: (B, P, R), P positions.
+    value: (B, P, V), V features. `supported` must accept the three tensors.
+    activation: p, which is "none", "relu" or "sigmoid".
+    scale: multiplies the scores.
+    Returns: (B, Q, V).
     """
     return _Tiles.apply(query, key, value, activation, scale)

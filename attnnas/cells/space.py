@@ -20,13 +20,16 @@ from .spec import CellSpec, OperationSpec
 
 # %% ../../nbs/cells/02_space.ipynb #a66fafe1
 def _subset(value: int) -> tuple[int, ...]:
-    "The features read, in the order of the reflected Gray code; the empty subset is left out."
+    """Return the features that are read.
+
+    value: the place of the subset in the reflected Gray code, without the empty subset.
+    """
     code = (value + 1) ^ (value + 1) >> 1
     return tuple(i for i in range(code.bit_length()) if code >> i & 1)
 
 
 def _value(subset) -> int:
-    "The inverse of `_subset`."
+    "Return the place of a subset in the Gray code: the inverse of `_subset`."
     value = code = sum(1 << i for i in subset)
     while code := code >> 1: value ^= code
     return value - 1
@@ -34,15 +37,22 @@ def _value(subset) -> int:
 # %% ../../nbs/cells/02_space.ipynb #9e3437f3
 @dataclass(frozen=True)
 class SearchSpace:
-    """All cells of `operations` operations, each reading any non-empty subset of the features before it.
+    """Number all cells of a given size.
 
-    dimensions, types, activations: the names to choose from (default: all of the talk's), kept in the order in which they are
-    registered; a type that is not the talk's is there only where it is named.
-    A cell is a list of digits, one a parameter: operation by operation the dimension, type, activation (places
-    among those names) and inputs (place in the Gray code). Cells are ordered by them, the last changing fastest.
-    `space[i]` is cell number i, `cell in space` tells whether a CellSpec is one of them.
-    Raises: AttnnasError for no operations, unknown or repeated names, a width that is none.
-    Source: talk (cell level and operation level); the size by counting; order and encoding [choice].
+    Each operation reads any non-empty subset of the features before it. A cell is a list of
+    digits, one for each of `parameters`: operation by operation the dimension, type and activation
+    (places among the names) and the inputs (place in the Gray code). Cells are ordered by their
+    digits; the last one changes fastest. `space[i]` is cell number i, and `cell in space` tells
+    whether a CellSpec is one of them.
+
+    operations: K, the number of operations in every cell.
+    width: channels d inside every cell.
+    dimensions, types, activations: the names to choose from; default: all of the talk's. They are
+        kept in the order in which they are registered. A type that is not the talk's is in a space
+        only where it is named.
+    Raises: AttnnasError for no operations, unknown or repeated names, and a width that is none.
+    Source: talk (cell level and operation level); the size by counting; order and encoding
+        [choice].
     """
     operations: int = 4
     width: int = 64
@@ -54,110 +64,154 @@ class SearchSpace:
 
     @property
     def names(self) -> dict[str, tuple[str, ...]]:
-        "The names that an operation's dimension, type and activation are chosen from."
-        return {"dimension": self.dimensions, "type": self.types, "activation": self.activations}
+        "Return the names from which an operation's dimension, type and activation are chosen."
+        return {
+            "dimension": self.dimensions,
+            "type": self.types,
+            "activation": self.activations,
+        }
 
     @property
     def parameters(self) -> dict[str, range]:
-        """Name -> range(n) of each digit; all combinations are cells, and what has one value only is left out.
+        """Return the range of each digit, by name.
 
-        "dimension_1", "type_1", "activation_1", "dimension_2", ..., "inputs_2", ...: operations counted from 1.
-        Neighbouring values of inputs differ in one feature; the others' values are names, in no order.
+        The names are "dimension_1", "type_1", "activation_1", "dimension_2", ..., "inputs_2", ...,
+        with operations counted from 1. All combinations are cells. Neighbouring values of inputs
+        differ in one feature; the values of the other digits are names, in no order.
+
+        Returns: name -> range(n), without the digits that have one value only.
         """
-        sizes = {f"{name}_{k}": size for k in range(1, self.operations + 1)
-                 for name, size in (*((n, len(known)) for n, known in self.names.items()), ("inputs", 2**k - 1))}
+        sizes = {}
+        for k in range(1, self.operations + 1):
+            for name, known in self.names.items(): sizes[f"{name}_{k}"] = len(known)
+            sizes[f"inputs_{k}"] = 2**k - 1
         return {name: range(size) for name, size in sizes.items() if size > 1}
 
     @property
     def size(self) -> int:
-        "The exact number of cells, numberings counted apart."
+        "Return the exact number of cells; other numberings of a cell count as other cells."
         return math.prod(values.stop for values in self.parameters.values())
 
     def encode(self, cell: CellSpec) -> tuple[int, ...]:
-        "The cell's digits, one for each of `parameters`. Raises: AttnnasError for a cell of another space."
+        """Return the cell's digits, one for each of `parameters`.
+
+        Raises: AttnnasError for a cell of another space.
+        """
         return _encode(self, cell)
 
     def decode(self, values) -> CellSpec:
-        "The cell of these digits: the inverse of `encode`. Raises: AttnnasError naming a value out of its range."
+        """Return the cell of these digits: the inverse of `encode`.
+
+        values: a whole number for each of `parameters`.
+        Raises: AttnnasError that names a value out of its range.
+        """
         return _decode(self, values)
 
     def index(self, cell: CellSpec) -> int:
-        "The cell's number, from 0: its digits read as one. Raises: AttnnasError for a cell of another space."
+        """Return the cell's number, from 0: its digits read as one number.
+
+        Raises: AttnnasError for a cell of another space.
+        """
         number = 0
-        for value, values in zip(self.encode(cell), self.parameters.values()): number = number * values.stop + value
+        for value, values in zip(self.encode(cell), self.parameters.values()):
+            number = number * values.stop + value
         return number
 
     def __getitem__(self, number: int) -> CellSpec:
-        number, digits = _whole(number, self.size, "A cell's number"), []
+        number = _whole(number, self.size, "A cell's number")
+        digits = []
         for values in reversed(self.parameters.values()):
             number, digit = divmod(number, values.stop)
             digits.append(digit)
         return self.decode(digits[::-1])
 
     def enumerate(self):
-        "Every cell once, one at a time, in the order of their numbers."
+        "Yield every cell once, in the order of their numbers."
         return (self[number] for number in range(self.size))
 
     def __iter__(self): return self.enumerate()
 
     def sample(self, seed) -> CellSpec:
-        "A cell drawn uniformly: a pure function of `seed`, which is a number or a string."
+        """Draw a cell uniformly.
+
+        seed: a number or a string; the cell is a pure function of it.
+        """
         return self[_draw(self.size, "cell", seed)]
 
     def neighbours(self, cell: CellSpec) -> list[CellSpec]:
-        """The cells one change away, each once: another dimension, type or activation of one operation, or one input
-        more or less. As a relation it is symmetric. Raises: AttnnasError for a cell of another space. [choice]
+        """Return the cells that are one change away, each once. [choice]
+
+        A change is another dimension, type or activation of one operation, or one input more or
+        less. The relation is symmetric.
+
+        Raises: AttnnasError for a cell of another space.
         """
         return list(_changes(self, cell))
 
     def mutate(self, cell: CellSpec, seed) -> CellSpec:
-        "One of `neighbours`, drawn uniformly by `seed`. Raises: AttnnasError as it does, and where there is none."
-        if not (near := self.neighbours(cell)): raise AttnnasError(f"The space has one cell only: {cell}.")
+        """Draw one of `neighbours` uniformly.
+
+        seed: a number or a string; the neighbour is a pure function of it and the cell.
+        Raises: AttnnasError as `neighbours` does, and where there is none.
+        """
+        near = self.neighbours(cell)
+        if not near: raise AttnnasError(f"The space has one cell only: {cell}.")
         return near[_draw(len(near), "mutation", seed)]
 
     def __contains__(self, cell) -> bool:
-        return (isinstance(cell, CellSpec) and cell.width == self.width
-                and len(cell.operations) == len(cell.outputs) == self.operations
-                and all(getattr(o, name) in known for o in cell.operations for name, known in self.names.items()))
+        if not isinstance(cell, CellSpec) or cell.width != self.width: return False
+        if not len(cell.operations) == len(cell.outputs) == self.operations: return False
+        return all(getattr(operation, name) in known
+                   for operation in cell.operations for name, known in self.names.items())
 
 # %% ../../nbs/cells/02_space.ipynb #eb88259e
 def _check_space(space: SearchSpace):
     for name, unit in (("operations", "operation"), ("width", "channel")):
         value = getattr(space, name)
         if type(value) is not int or value < 1:
-            raise AttnnasError(f"A search space's {name} must be a whole number, at least one {unit}; got {value!r}.")
-    for name, known in (("dimensions", DIMENSIONS), ("types", tuple(OPERATIONS)), ("activations", ACTIVATIONS)):
+            raise AttnnasError(f"A search space's {name} must be a whole number, "
+                               f"at least one {unit}; got {value!r}.")
+    choices = {"dimensions": DIMENSIONS, "types": tuple(OPERATIONS), "activations": ACTIVATIONS}
+    for name, known in choices.items():
         given = getattr(space, name)
         if not isinstance(given, (list, tuple)) or not given:
             raise AttnnasError(f"A search space's {name} must be a list of names, at least one of "
                                f"{', '.join(known)}; got {given!r}.")
         for value in given: choose(value, known, name.removesuffix("s"))
         kept = tuple(value for value in known if value in given)
-        if len(kept) < len(given): raise AttnnasError(f"A search space's {name} name one twice: {', '.join(given)}.")
+        if len(kept) < len(given):
+            raise AttnnasError(f"A search space's {name} name one twice: {', '.join(given)}.")
         object.__setattr__(space, name, kept)
-    for kind, dimension, activation in itertools.product(space.types, space.dimensions, space.activations):
+    combinations = itertools.product(space.types, space.dimensions, space.activations)
+    for kind, dimension, activation in combinations:
         OPERATIONS[kind].check(dimension, activation)
 
 
 def _whole(value, count: int, what: str) -> int:
     try:
-        if 0 <= (number := operator.index(value)) < count: return number
+        number = operator.index(value)
+        if 0 <= number < count: return number
     except TypeError: pass
     raise AttnnasError(f"{what} must be a whole number from 0 to {count - 1}, got {value!r}.")
 
 
 def _draw(count: int, *names) -> int:
-    "A number below `count`: 256 bits of hash, so that no count in use is large enough to notice the remainder."
+    """Return a number below `count`, drawn by a hash of the names.
+
+    The hash has 256 bits, so that the remainder favours no number noticeably for any count in use.
+    """
     return int(content_hash([str(n) for n in names], 64), 16) % count
 
 # %% ../../nbs/cells/02_space.ipynb #99297701
 def _encode(space: SearchSpace, cell: CellSpec) -> tuple[int, ...]:
     if cell not in space:
-        raise AttnnasError(f"The cell is not one of {space}, with every operation an output: {cell}"
-                           + (f", width {cell.width}." if isinstance(cell, CellSpec) else "."))
+        width = f", width {cell.width}" if isinstance(cell, CellSpec) else ""
+        raise AttnnasError(f"The cell is not one of {space}, with every operation an output: "
+                           f"{cell}{width}.")
     digits = {}
     for k, (operation, read) in enumerate(zip(cell.operations, cell.inputs), 1):
-        digits |= {f"{name}_{k}": known.index(getattr(operation, name)) for name, known in space.names.items()}
+        for name, known in space.names.items():
+            digits[f"{name}_{k}"] = known.index(getattr(operation, name))
         digits[f"inputs_{k}"] = _value(read)
     return tuple(digits[name] for name in space.parameters)
 
@@ -165,22 +219,33 @@ def _encode(space: SearchSpace, cell: CellSpec) -> tuple[int, ...]:
 def _decode(space: SearchSpace, values) -> CellSpec:
     parameters = space.parameters
     if len(values) != len(parameters):
-        raise AttnnasError(f"A cell of this space has {len(parameters)} values, {', '.join(parameters)}; "
-                           f"got {len(values)}.")
-    digits = {name: _whole(value, parameters[name].stop, name) for name, value in zip(parameters, values)}
-    numbers = range(1, space.operations + 1)
-    operations = (OperationSpec(*(known[digits.get(f"{name}_{k}", 0)] for name, known in space.names.items()))
-                  for k in numbers)
-    return CellSpec(tuple(operations), tuple(_subset(digits.get(f"inputs_{k}", 0)) for k in numbers), width=space.width)
+        raise AttnnasError(f"A cell of this space has {len(parameters)} values, "
+                           f"{', '.join(parameters)}; got {len(values)}.")
+    digits = {name: _whole(value, parameters[name].stop, name)
+              for name, value in zip(parameters, values)}
+    operations = []
+    inputs = []
+    for k in range(1, space.operations + 1):
+        # A parameter with one value only has no digit: it is its first value.
+        chosen = {name: known[digits.get(f"{name}_{k}", 0)] for name, known in space.names.items()}
+        operations.append(OperationSpec(**chosen))
+        inputs.append(_subset(digits.get(f"inputs_{k}", 0)))
+    return CellSpec(tuple(operations), tuple(inputs), width=space.width)
 
 # %% ../../nbs/cells/02_space.ipynb #3a1d0be6
 def _changes(space: SearchSpace, cell: CellSpec):
-    space.encode(cell)  # says so if the cell is of another space
+    space.encode(cell)  # raises if the cell is of another space
     for k, (operation, read) in enumerate(zip(cell.operations, cell.inputs)):
-        with_kth = lambda values, value: (*values[:k], value, *values[k + 1:])
         for name, known in space.names.items():
             for other in known:
                 if other == getattr(operation, name): continue
-                yield replace(cell, operations=with_kth(cell.operations, replace(operation, **{name: other})))
+                changed = replace(operation, **{name: other})
+                yield replace(cell, operations=_with(cell.operations, k, changed))
         for i in range(k + 1):
-            if subset := set(read) ^ {i}: yield replace(cell, inputs=with_kth(cell.inputs, tuple(sorted(subset))))
+            subset = set(read) ^ {i}
+            if subset: yield replace(cell, inputs=_with(cell.inputs, k, tuple(sorted(subset))))
+
+
+def _with(values: tuple, k: int, value) -> tuple:
+    "Return `values` with `value` at place k."
+    return (*values[:k], value, *values[k + 1:])

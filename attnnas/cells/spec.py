@@ -18,22 +18,29 @@ from .operations.registry import OPERATIONS
 # %% ../../nbs/cells/01_spec.ipynb #8fa3c11a
 @dataclass(frozen=True)
 class OperationSpec:
-    """What one operation does: dimension, type, activation.
+    """Name what one operation does.
 
-    The activation "mixture" means "not yet decided": a supergraph's node may have it, a cell's operation may not.
-    Raises: AttnnasError naming the near miss of an unknown name. Source: talk (operation level).
+    dimension: the axes that it attends over: "spatial", "temporal" or "spatiotemporal".
+    type: a registered type of operation, such as "dot-product".
+    activation: what is applied to the attention's weights. "mixture" means "not yet decided": a
+        supergraph's node may have it, a cell's operation may not.
+    Raises: AttnnasError that names the near miss of an unknown name.
+    Source: talk (operation level).
     """
     dimension: str
     type: str
     activation: str
 
     def __post_init__(self):
-        OPERATIONS[choose(self.type, tuple(OPERATIONS), "type")].check(self.dimension, self.activation)
+        operation = OPERATIONS[choose(self.type, tuple(OPERATIONS), "type")]
+        operation.check(self.dimension, self.activation)
 
     def __str__(self): return f"{self.dimension} {self.type} {self.activation}"
 
 
-ALL_OPERATIONS = tuple(OperationSpec(d, t, a) for d in DIMENSIONS for t in TYPES for a in ACTIVATIONS)
+ALL_OPERATIONS = tuple(
+    OperationSpec(dimension, type, activation)
+    for dimension in DIMENSIONS for type in TYPES for activation in ACTIVATIONS)
 
 # %% ../../nbs/cells/01_spec.ipynb #a178cbf5
 SCHEMA_VERSION = 1
@@ -41,11 +48,16 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class CellSpec:
-    """A cell of K operations: operation k (1..K) makes f_k from the sum of the features it reads; f_0 is the input.
+    """Describe a cell of K operations.
 
-    inputs[k-1]: indices below k that operation k reads, increasing. outputs: increasing numbers of the
-    operations whose features are combined (None: all). width: channels d inside the cell.
-    Every operation must be an output or lead to one. Raises: AttnnasError naming what is wrong.
+    Operation k (1 to K) makes f_k from the sum of the features that it reads; f_0 is the input.
+    Every operation must be an output or lead to one.
+
+    operations: the K operations, in order.
+    inputs: inputs[k-1] holds the indices below k that operation k reads, increasing.
+    outputs: increasing numbers of the operations whose features are combined; None: all.
+    width: channels d inside the cell.
+    Raises: AttnnasError that names what is wrong.
     Source: talk (cell level); named outputs and the width [choice].
     """
     operations: tuple[OperationSpec, ...]
@@ -55,41 +67,57 @@ class CellSpec:
 
     def __post_init__(self):
         try:
-            frozen = {"operations": tuple(self.operations), "inputs": tuple(map(tuple, self.inputs))}
-            frozen["outputs"] = tuple(range(1, len(self.operations) + 1) if self.outputs is None else self.outputs)
+            operations = tuple(self.operations)
+            inputs = tuple(map(tuple, self.inputs))
+            outputs = range(1, len(operations) + 1) if self.outputs is None else self.outputs
+            frozen = {"operations": operations, "inputs": inputs, "outputs": tuple(outputs)}
         except TypeError:
-            raise AttnnasError("A cell's operations, inputs and outputs are lists, and inputs a list of lists of "
-                               f"indices; got {self.operations!r}, {self.inputs!r} and {self.outputs!r}.") from None
+            raise AttnnasError(
+                "A cell's operations, inputs and outputs are lists, and inputs a list of lists of "
+                f"indices; got {self.operations!r}, {self.inputs!r} and {self.outputs!r}."
+            ) from None
         for name, value in frozen.items(): object.__setattr__(self, name, value)
         _check(self)
 
     def __str__(self):
-        parts = (f"{k}: {operation}({','.join(map(str, read))})"
-                 for k, (operation, read) in enumerate(zip(self.operations, self.inputs), 1))
+        pairs = enumerate(zip(self.operations, self.inputs), 1)
+        parts = (f"{k}: {operation}({','.join(map(str, read))})" for k, (operation, read) in pairs)
         return f"{'; '.join(parts)} -> {','.join(map(str, self.outputs))}"
 
     def to_dict(self) -> dict:
-        "As plain lists, strings and numbers, with a schema version."
-        return {"schema_version": SCHEMA_VERSION, "operations": [asdict(o) for o in self.operations],
-                "inputs": [list(i) for i in self.inputs], "outputs": list(self.outputs), "width": self.width}
+        "Return plain lists, strings and numbers, with a schema version."
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "operations": [asdict(operation) for operation in self.operations],
+            "inputs": [list(read) for read in self.inputs],
+            "outputs": list(self.outputs),
+            "width": self.width,
+        }
 
     @classmethod
     def from_dict(cls, value: dict) -> "CellSpec":
-        "The inverse of `to_dict`. Raises: AttnnasError naming what is missing, unknown, or of another version or type."
-        version = value.get("schema_version", SCHEMA_VERSION) if isinstance(value, dict) else SCHEMA_VERSION
+        """Make the cell that `to_dict` wrote.
+
+        value: a dictionary of its fields; `outputs` and `width` may be left out.
+        Raises: AttnnasError that names what is missing, unknown, or of another version or type.
+        """
+        version = SCHEMA_VERSION
+        if isinstance(value, dict): version = value.get("schema_version", SCHEMA_VERSION)
         if type(version) is not int or version != SCHEMA_VERSION:
             raise AttnnasError(f"The cell has schema_version {version!r}; this attnnas reads "
                                f"version {SCHEMA_VERSION}. Use the release that wrote it.")
-        given = _fields(value, "cell", ("schema_version", "operations", "inputs"), ("outputs", "width"))
+        required = ("schema_version", "operations", "inputs")
+        given = _fields(value, "cell", required, ("outputs", "width"))
         del given["schema_version"]
         for name in given.keys() & {"operations", "inputs", "outputs"}:
             if not isinstance(given[name], (list, tuple)):
                 raise AttnnasError(f"A cell's {name} are a list, got {given[name]!r}.")
-        given["operations"] = tuple(_operation(o, k) for k, o in enumerate(given["operations"], 1))
+        numbered = enumerate(given["operations"], 1)
+        given["operations"] = tuple(_operation(operation, k) for k, operation in numbered)
         return cls(**given)
 
     def to_json(self) -> str:
-        "One text for equal descriptions."
+        "Return one text, the same for equal descriptions."
         return canonical_json(self.to_dict())
 
     def save(self, path):
@@ -98,39 +126,53 @@ class CellSpec:
 
     @classmethod
     def load(cls, path) -> "CellSpec":
-        "Read what `save` wrote. Raises: AttnnasError as `from_dict`, and for a file that is missing or not JSON."
+        """Read what `save` wrote.
+
+        Raises: AttnnasError as `from_dict` does, and for a file that is missing or not JSON.
+        """
         return cls.from_dict(read_json(path))
 
     def canonical(self) -> "CellSpec":
-        "The same cell in its one standard numbering: equal for cells that differ in numbering alone."
+        """Return the same cell in its one standard numbering.
+
+        Returns: a description that is equal for cells that differ in numbering alone.
+        """
         return _canonical(self)
 
     @property
     def hash(self) -> str:
-        "16 hexadecimal digits, the same for cells that differ in numbering alone, on any machine."
+        """Give 16 hexadecimal digits that name the cell.
+
+        They are the same for cells that differ in numbering alone, on any machine.
+        """
         return content_hash(asdict(self.canonical()))
 
 # %% ../../nbs/cells/01_spec.ipynb #1e28b145
 def _fields(value, what: str, required: tuple, optional: tuple = ()) -> dict:
-    "A copy of the dictionary `value`, all of whose keys are known and none of whose required ones is missing."
+    "Return a copy of the dictionary `value`, after checking that its keys are known and complete."
     if not isinstance(value, dict):
         raise AttnnasError(f"Expected a dictionary that describes one {what}, got {value!r}.")
     for name in value: choose(name, (*required, *optional), f"{what} field")
     missing = [name for name in required if name not in value]
-    if missing: raise AttnnasError(f"The {what} lacks {', '.join(missing)}; it has {', '.join(value) or 'nothing'}.")
+    if missing:
+        raise AttnnasError(f"The {what} lacks {', '.join(missing)}; "
+                           f"it has {', '.join(value) or 'nothing'}.")
     return dict(value)
 
 
 def _operation(value, number: int) -> OperationSpec:
-    try: return OperationSpec(**_fields(value, "operation", tuple(f.name for f in fields(OperationSpec))))
-    except AttnnasError as error: raise AttnnasError(f"Operation {number} of the cell: {error}") from None
+    names = tuple(f.name for f in fields(OperationSpec))
+    try: return OperationSpec(**_fields(value, "operation", names))
+    except AttnnasError as error:
+        raise AttnnasError(f"Operation {number} of the cell: {error}") from None
 
 
 def _increasing(numbers, low: int, high: int, what: str):
-    if (not numbers or any(type(n) is not int or not low <= n <= high for n in numbers)
-            or any(a >= b for a, b in zip(numbers, numbers[1:]))):
-        raise AttnnasError(f"{what} must be increasing whole numbers from {low} to {high}, at least one; "
-                           f"got {list(numbers)}.")
+    # The order matters: `not low <= n` may only be asked of a whole number.
+    bad = not numbers or any(type(n) is not int or not low <= n <= high for n in numbers)
+    if bad or any(a >= b for a, b in zip(numbers, numbers[1:])):
+        raise AttnnasError(f"{what} must be increasing whole numbers from {low} to {high}, "
+                           f"at least one; got {list(numbers)}.")
 
 
 def _check(spec: CellSpec):
@@ -138,19 +180,30 @@ def _check(spec: CellSpec):
     if not count: raise AttnnasError("A cell's operations must be at least one, got none.")
     for k, operation in enumerate(spec.operations, 1):
         if not isinstance(operation, OperationSpec) or operation.activation == "mixture":
-            raise AttnnasError(f"Operation {k} must be an OperationSpec with a decided activation, got {operation!r}.")
+            raise AttnnasError(f"Operation {k} must be an OperationSpec with a decided activation, "
+                               f"got {operation!r}.")
     if len(spec.inputs) != count:
-        raise AttnnasError(f"{count} operations need {count} lists of inputs, got {len(spec.inputs)}.")
-    for k, read in enumerate(spec.inputs, 1): _increasing(read, 0, k - 1, f"The inputs of operation {k}")
+        raise AttnnasError(f"{count} operations need {count} lists of inputs, "
+                           f"got {len(spec.inputs)}.")
+    for k, read in enumerate(spec.inputs, 1):
+        _increasing(read, 0, k - 1, f"The inputs of operation {k}")
     _increasing(spec.outputs, 1, count, "The outputs")
     if type(spec.width) is not int or spec.width < 1:
-        raise AttnnasError(f"The width must be a positive whole number of channels, got {spec.width!r}.")
+        raise AttnnasError("The width must be a positive whole number of channels, "
+                           f"got {spec.width!r}.")
+    _check_used(spec)
+
+
+def _check_used(spec: CellSpec):
+    count = len(spec.operations)
     reached = set(spec.outputs)
-    for k in range(count, 0, -1): reached.update(spec.inputs[k - 1] if k in reached else ())
-    unused = [k for k in range(1, count + 1) if k not in reached]
+    for k in range(count, 0, -1):
+        if k in reached: reached.update(spec.inputs[k - 1])
+    unused = [str(k) for k in range(1, count + 1) if k not in reached]
     if unused:
-        raise AttnnasError(f"No output depends on operation {', '.join(map(str, unused))}. Make it one of the outputs, "
-                           "put it among the inputs of another operation, or leave it out.")
+        raise AttnnasError(
+            f"No output depends on operation {', '.join(unused)}. Make it one of the outputs, "
+            "put it among the inputs of another operation, or leave it out.")
 
 # %% ../../nbs/cells/01_spec.ipynb #d72b01bd
 def _ranks(keys: list) -> list[int]:
@@ -160,18 +213,25 @@ def _ranks(keys: list) -> list[int]:
 
 def _refine(colours: list[int], inputs, readers) -> list[int]:
     "Split colours by the colours of the inputs and of the readers, in order, until nothing splits."
+    def around(nodes):
+        return tuple(sorted(colours[n] for n in nodes))
+
     while True:
-        around = lambda nodes: tuple(sorted(colours[n] for n in nodes))
         finer = _ranks([(c, around(i), around(r)) for c, i, r in zip(colours, inputs, readers)])
         if max(finer) == max(colours): return finer
         colours = finer
 
 
 def _branches(colours: list[int], inputs, readers):
-    "Of the first colour that several nodes share, each node put first in turn, and refined. Nothing if none is shared."
+    """Put each node of the first shared colour first in turn, and refine.
+
+    Yields: the colours, once for each of these nodes; nothing if no colour is shared.
+    """
     shared = [c for c in sorted(set(colours)) if colours.count(c) > 1]
     tied = [k for k, c in enumerate(colours) if c == shared[0]] if shared else []
-    for chosen in tied: yield _refine(_ranks([(c, k != chosen) for k, c in enumerate(colours)]), inputs, readers)
+    for chosen in tied:
+        split = _ranks([(c, k != chosen) for k, c in enumerate(colours)])
+        yield _refine(split, inputs, readers)
 
 # %% ../../nbs/cells/01_spec.ipynb #550dd058
 def _canonical(spec: CellSpec) -> CellSpec:
@@ -181,21 +241,30 @@ def _canonical(spec: CellSpec) -> CellSpec:
     for read in spec.inputs: depth.append(1 + max(depth[i] for i in read))
 
     def numbered(colours):
-        "The cell's connections (what is compared) with colours for numbers, and the order that gives them."
+        "Return the connections (which are compared) with colours for numbers, and their order."
+        def renumbered(nodes):
+            return tuple(sorted(colours[k] for k in nodes))
+
         order = sorted(range(1, len(colours)), key=colours.__getitem__)
-        return (tuple(tuple(sorted(colours[i] for i in inputs[k])) for k in order),
-                tuple(sorted(colours[k] for k in spec.outputs))), tuple(order)
+        read = tuple(renumbered(inputs[k]) for k in order)
+        return (read, renumbered(spec.outputs)), tuple(order)
 
     def some(colours):
+        "Return the connections at the end of the first branches."
         while branch := next(_branches(colours, inputs, readers), None): colours = branch
         return numbered(colours)[0]
 
     def smallest(colours):
+        "Return the smallest result of `numbered` at the ends of all branches."
         branches = list(_branches(colours, inputs, readers))
         if not branches: return numbered(colours)
-        different = {some(branch): branch for branch in branches}  # one end in common: interchangeable
+        # Branches with one end in common are interchangeable, so one of them is enough.
+        different = {some(branch): branch for branch in branches}
         return min(smallest(branch) for branch in different.values())
 
-    what = [(0, "", False), *((depth[k], str(op), k in spec.outputs) for k, op in enumerate(spec.operations, 1))]
+    what = [(0, "", False)]  # the input f_0
+    for k, operation in enumerate(spec.operations, 1):
+        what.append((depth[k], str(operation), k in spec.outputs))
     (read, outputs), order = smallest(_refine(_ranks(what), inputs, readers))
-    return CellSpec(tuple(spec.operations[k - 1] for k in order), read, outputs, spec.width)
+    operations = tuple(spec.operations[k - 1] for k in order)
+    return CellSpec(operations, read, outputs, spec.width)

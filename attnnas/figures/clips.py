@@ -11,31 +11,47 @@ from torch.nn import functional as F
 from ..core.errors import AttnnasError
 
 # %% ../../nbs/figures/01_clips.ipynb #e017ec45
-COLOURS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito: for colour-blind readers too
+# The palette of Okabe and Ito, for colour-blind readers too.
+COLOURS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9")
 
 
 def _sheet(frames, between: int = 0):
-    "Frames (..., T, H, W) in a row with one pixel of value `between` after each: (..., H, T * (W + 1) - 1)."
+    """Put frames in a row, one pixel apart.
+
+    frames: (..., T, H, W).
+    between: the value of the pixels between them.
+    Returns: (..., H, T * (W + 1) - 1).
+    """
     return F.pad(frames, (0, 1), value=between).transpose(-3, -2).flatten(-2)[..., :-1].cpu()
 
 
 def _bars(ax, events, height: int, width: int):
-    "A bar below the row for every actor's event, the earlier first."
+    "Draw a bar below the row for every actor's event, the earlier first."
     runs = [event.nonzero()[:, 0] for event in events if event.any()]
     for k, run in enumerate(sorted(runs, key=lambda r: int(r[0]))):
-        ax.plot([int(run[0]) * (width + 1), (int(run[-1]) + 1) * (width + 1) - 1], [height + 1] * 2,
-                color=COLOURS[k % len(COLOURS)], linewidth=3, solid_capstyle="butt", clip_on=False)
+        first = int(run[0]) * (width + 1)
+        last = (int(run[-1]) + 1) * (width + 1) - 1
+        ax.plot([first, last], [height + 1] * 2, color=COLOURS[k % len(COLOURS)], linewidth=3,
+                solid_capstyle="butt", clip_on=False)
 
 # %% ../../nbs/figures/01_clips.ipynb #781788e8
 def strip(video, names=None, events=None, masks=None, every: int = 1, width: float = 8):
     """Draw clips as rows of frames.
 
-    video uint8 (N, 3, T, H, W) or one clip (3, T, H, W); names: N texts; events bool (N, actors, T): bars below;
-    masks bool (N, objects, T, H, W): outlines; every: draw each `every`-th frame; width in inches. Returns the figure.
+    video: uint8 (N, 3, T, H, W), or one clip (3, T, H, W).
+    names: N texts, drawn left of the rows; None: no names.
+    events: bool (N, actors, T), drawn as bars below the rows; without N for one clip.
+    masks: bool (N, objects, T, H, W), drawn as outlines; without N for one clip.
+    every: draws each `every`-th frame.
+    width: of the figure, in inches.
+    Returns: the figure.
     Raises: AttnnasError where the shapes do not fit.
     """
     import matplotlib.pyplot as plt
-    if video.ndim == 4: video, events, masks = (None if x is None else x[None] for x in (video, events, masks))
+    if video.ndim == 4:
+        video = video[None]
+        if events is not None: events = events[None]
+        if masks is not None: masks = masks[None]
     if video.ndim != 5 or video.shape[1] != 3:
         raise AttnnasError(f"video has shape {tuple(video.shape)}; expected (N, 3, T, H, W).")
     for name, rows in dict(names=names, events=events, masks=masks).items():
@@ -46,11 +62,14 @@ def strip(video, names=None, events=None, masks=None, every: int = 1, width: flo
     row = width * high / (shown * (wide + 1)) + .12
     figure, axes = plt.subplots(count, 1, figsize=(width, count * row + .1), squeeze=False)
     for n, ax in enumerate(axes[:, 0]):
-        ax.imshow(_sheet(video[n, :, ::every], 255).permute(1, 2, 0).numpy(), interpolation="nearest")
+        sheet = _sheet(video[n, :, ::every], 255).permute(1, 2, 0)
+        ax.imshow(sheet.numpy(), interpolation="nearest")
         for k, mask in enumerate(() if masks is None else masks[n]):
-            ax.contour(_sheet(mask[::every].float()).numpy(), [.5], colors=COLOURS[k % len(COLOURS)], linewidths=1)
+            ax.contour(_sheet(mask[::every].float()).numpy(), [.5],
+                       colors=COLOURS[k % len(COLOURS)], linewidths=1)
         if events is not None: _bars(ax, events[n][:, ::every], high, wide)
-        if names is not None: ax.set_ylabel(names[n], rotation=0, ha="right", va="center", fontsize=8)
+        if names is not None:
+            ax.set_ylabel(names[n], rotation=0, ha="right", va="center", fontsize=8)
         ax.set(xticks=[], yticks=[], xlim=(-.5, shown * (wide + 1) - 1.5))
         ax.spines[:].set_visible(False)
     figure.tight_layout(h_pad=.3)
