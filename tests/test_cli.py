@@ -78,7 +78,7 @@ epochs = 100
 [templates.table_1_nonlocal]
 data = ["none/kinetics600.csv"]
 backbones = ["i3d", "s3d"]
-rows = ["backbone"]
+leave_out = ["backbone, MLP head", "non-local", "random cell", "derived cell"]
 seeds = [0]
 """)
     steps = [{"backbone": "i3d", "inserted": "none", "seconds_a_clip": "0.01"}]
