@@ -27,29 +27,44 @@ ACTIVATIONS = tuple(SCALINGS)
 
 
 def activate(scores: torch.Tensor, activation) -> torch.Tensor:
-    """p(scores) over the last axis of (..., P): weights for a mean over P.
+    """Make weights for a mean over P of the scores.
 
-    `activation` is a name in SCALINGS, a tensor (4,) that mixes the ACTIVATIONS in their order, or a function.
-    Raises: AttnnasError for an unknown name. Source: talk (operation level); softmax times P [choice].
+    scores: (..., P).
+    activation: a name in SCALINGS, a tensor (4,) that mixes the ACTIVATIONS in their order, or a
+        function of the scores.
+    Returns: p(scores), (..., P).
+    Raises: AttnnasError for an unknown name.
+    Source: talk (operation level); softmax times P [choice].
     """
     if isinstance(activation, str): return choose(activation, SCALINGS, "activation")(scores)
     if callable(activation): return activation(scores)
-    return sum(weight * SCALINGS[name](scores) for weight, name in zip(activation, ACTIVATIONS, strict=True))
+    mixture = zip(activation, ACTIVATIONS, strict=True)
+    return sum(weight * SCALINGS[name](scores) for weight, name in mixture)
 
 # %% ../../nbs/attention/03_formula.ipynb #35c4f437
 def hard(scores: torch.Tensor) -> torch.Tensor:
-    "All weight on the best key: (..., P) -> P where the score is largest, else 0; gradients of the softmax [choice]."
+    """Put all weight on the best key, with the gradients of the softmax [choice].
+
+    scores: (..., P).
+    Returns: (..., P), which is P where the score is largest, and else 0.
+    """
     soft = SCALINGS["softmax"](scores)
-    return F.one_hot(scores.argmax(-1), scores.shape[-1]) * scores.shape[-1] + (soft - soft.detach())
+    keys = scores.shape[-1]
+    return F.one_hot(scores.argmax(-1), keys) * keys + (soft - soft.detach())
 
 
 SCALINGS["hard"] = hard
 
 
 def local(window: int, activation="softmax") -> Callable:
-    """A scaling of scores (..., Q, P): `activation` over the keys at most `window` away from the query's place.
+    """Make a scaling that looks only at keys near the query's place.
 
-    Query i of Q stands at key i * P // Q. Other keys weigh nothing; a softmax runs over the window alone.
+    Query i of Q stands at key i * P // Q. Keys outside the window weigh nothing, and a softmax runs
+    over the window alone.
+
+    window: the largest distance of a key from the query's place.
+    activation: as in `activate`.
+    Returns: a function of scores (..., Q, P).
     """
     def scaling(scores: torch.Tensor) -> torch.Tensor:
         queries, keys = (torch.arange(n, device=scores.device) for n in scores.shape[-2:])
@@ -60,36 +75,58 @@ def local(window: int, activation="softmax") -> Callable:
 # %% ../../nbs/attention/03_formula.ipynb #d7e362d0
 def attention_weights(query: torch.Tensor, key: torch.Tensor, activation="softmax",
                       scale: float | None = None) -> torch.Tensor:
-    """Weights (..., Q, P) that Q queries give to P keys: p(scale * query . key) / P.
+    """Compute the weights that queries give to keys: p(scale * query . key) / P.
 
-    query (..., Q, R), key (..., P, R); `scale` None is 1 / sqrt(R); `activation` as in `activate`.
-    Source: poster (general attention); division by P, which turns the softmax into the ordinary one [choice].
+    query: (..., Q, R).
+    key: (..., P, R).
+    activation: as in `activate`.
+    scale: multiplies the scores; None: 1 / sqrt(R).
+    Returns: (..., Q, P).
+    Source: poster (general attention); division by P, which turns the softmax into the ordinary
+        one [choice].
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return activate((query * scale) @ key.transpose(-2, -1), activation) / key.shape[-2]
 
 
-def check_sizes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, same_features: bool = True):
-    "Raises: AttnnasError unless these are (..., Q, R), (..., P, R), (..., P, V), none of them empty."
-    shapes = [tuple(t.shape) for t in (query, key, value)]
-    fits = all(len(s) > 1 and 0 not in s for s in shapes) and shapes[1][:-1] == shapes[2][:-1]
-    if fits and shapes[0][:-2] == shapes[1][:-2] and (shapes[0][-1] == shapes[1][-1] or not same_features): return
-    raise AttnnasError(f"Expected query (..., Q, R), key (..., P, R) and value (..., P, V) with no empty axis, got "
-                       f"{shapes[0]}, {shapes[1]} and {shapes[2]}.")
+def check_sizes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                same_features: bool = True):
+    """Accept tensors whose sizes fit, and none of whose axes is empty.
+
+    query, key, value: (..., Q, R), (..., P, R) and (..., P, V).
+    same_features: whether queries and keys must have the same number of features.
+    Raises: AttnnasError that names the shapes.
+    """
+    q, k, v = (tuple(t.shape) for t in (query, key, value))
+    whole = all(len(shape) > 1 and 0 not in shape for shape in (q, k, v))
+    fits = whole and k[:-1] == v[:-1] and q[:-2] == k[:-2]
+    if fits and (q[-1] == k[-1] or not same_features): return
+    raise AttnnasError("Expected query (..., Q, R), key (..., P, R) and value (..., P, V) "
+                       f"with no empty axis, got {q}, {k} and {v}.")
 
 # %% ../../nbs/attention/03_formula.ipynb #0b0ce5f7
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, activation="softmax",
            scale: float | None = None, path: str = "auto") -> torch.Tensor:
-    """A(q, K, V) = sum_i p(a(k_i, q)) v_i of every query: (..., Q, R), (..., P, R), (..., P, V) -> (..., Q, V).
+    """Compute A(q, K, V) = sum_i p(a(k_i, q)) v_i for every query.
 
-    Arguments as in `attention_weights`; `path`: one of kernels.PATHS. A hard or local scaling has no kernel.
-    Raises: AttnnasError for unknown names, sizes that do not fit, or a path that does not exist for the activation.
+    query: (..., Q, R).
+    key: (..., P, R).
+    value: (..., P, V).
+    activation: as in `activate`. A hard or local scaling has no kernel, and ignores `path`.
+    scale: multiplies the scores; None: 1 / sqrt(R).
+    path: one of kernels.PATHS; "auto": the fastest without memory that grows with QP.
+    Returns: (..., Q, V).
+    Raises: AttnnasError for unknown names, sizes that do not fit, or a path that does not exist for
+        the activation.
     Source: poster (general attention).
     """
     check_sizes(query, key, value)
     if isinstance(activation, str): choose(activation, SCALINGS, "activation")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    literal = lambda rows: _materialised(rows, key, value, activation, scale)
+
+    def literal(rows):
+        return _materialised(rows, key, value, activation, scale)
+
     if callable(activation) or activation == "hard": return literal(query)
     kernels.check_path(path, activation)
     if path == "auto": path = kernels.best_path(query, key, value, activation)
@@ -103,32 +140,46 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, activati
 
 
 def _materialised(query, key, value, activation, scale):
-    "attention_weights(...) @ value, with the division by P where it is cheapest."
+    "Compute attention_weights(...) @ value, with the division by P where it is cheapest."
     scores = (query * scale) @ key.transpose(-2, -1)
+    # A tensor is compared entry by entry, so that only a text may be compared with a name.
     if isinstance(activation, str) and activation == "softmax": return scores.softmax(-1) @ value
     return activate(scores, activation) @ (value / key.shape[-2])
 
 # %% ../../nbs/attention/03_formula.ipynb #35e4bbfa
 class Bilinear(nn.Module):
-    "query W: a(k, q) = q W k is its dot product with the key. (..., Q, Rq), (..., P, Rk) -> the same, of Rk features."
+    """Prepare queries so that their dot product with a key is a(k, q) = q W k.
+
+    It maps (..., Q, Rq) and (..., P, Rk) to query W (..., Q, Rk) and the same keys.
+
+    query_features, key_features: Rq and Rk.
+    """
     def __init__(self, query_features: int, key_features: int, device=None, dtype=None):
         super().__init__()
-        self.matrix = nn.Linear(query_features, key_features, bias=False, device=device, dtype=dtype)
+        factory = {"device": device, "dtype": dtype}
+        self.matrix = nn.Linear(query_features, key_features, bias=False, **factory)
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor): return self.matrix(query), key
+    def forward(self, query: torch.Tensor, key: torch.Tensor):
+        return self.matrix(query), key
 
 
 class Additive(nn.Module):
-    "Scores u . tanh(W q + M k): (..., Q, Rq), (..., P, Rk) -> (..., Q, P)."
-    def __init__(self, query_features: int, key_features: int, hidden: int, device=None, dtype=None):
+    """Compute the scores u . tanh(W q + M k): (..., Q, Rq), (..., P, Rk) -> (..., Q, P).
+
+    query_features, key_features: Rq and Rk.
+    hidden: features of u.
+    """
+    def __init__(self, query_features: int, key_features: int, hidden: int, device=None,
+                 dtype=None):
         super().__init__()
-        factory = dict(device=device, dtype=dtype)
+        factory = {"device": device, "dtype": dtype}
         self.query = nn.Linear(query_features, hidden, bias=False, **factory)
         self.key = nn.Linear(key_features, hidden, **factory)
         self.score = nn.Linear(hidden, 1, bias=False, **factory)
 
     def forward(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return self.score((self.query(query).unsqueeze(-2) + self.key(key).unsqueeze(-3)).tanh()).squeeze(-1)
+        compared = self.query(query).unsqueeze(-2) + self.key(key).unsqueeze(-3)
+        return self.score(compared.tanh()).squeeze(-1)
 
 # %% ../../nbs/attention/03_formula.ipynb #b3dd719e
 PREPARATIONS = {
@@ -140,33 +191,50 @@ COMPATIBILITIES = (*PREPARATIONS, "bilinear", "additive")
 
 
 class Attention(nn.Module):
-    """A(q, K, V) = sum_i p(a(k_i, q)) v_i with any compatibility a and scaling p.
+    """Compute A(q, K, V) = sum_i p(a(k_i, q)) v_i with any compatibility a and scaling p.
 
-    forward: query (..., Q, Rq), key (..., P, Rk), value (..., P, V) -> (..., Q, V). `key_features` None: as many as
-    the query's; `scaling` as in `activate`; `hidden`: of the additive compatibility, None as many as the key's.
+    It maps query (..., Q, Rq), key (..., P, Rk) and value (..., P, V) to (..., Q, V).
+
+    query_features: Rq.
+    key_features: Rk; None: as many as the query's.
+    compatibility: one of COMPATIBILITIES.
+    scaling: as in `activate`.
+    hidden: features of the additive compatibility; None: as many as the key's.
     Raises: AttnnasError for unknown names, and for a dot product of differing features.
     Source: poster (general attention); Chaudhari et al. 2021 for the choices.
     """
-    def __init__(self, query_features: int, key_features: int | None = None, compatibility: str = "scaled dot",
-                 scaling="softmax", hidden: int | None = None, device=None, dtype=None):
+    def __init__(self, query_features: int, key_features: int | None = None,
+                 compatibility: str = "scaled dot", scaling="softmax", hidden: int | None = None,
+                 device=None, dtype=None):
         super().__init__()
         key_features = key_features or query_features
-        self.compatibility, self.scaling = choose(compatibility, COMPATIBILITIES, "compatibility"), scaling
+        self.compatibility = choose(compatibility, COMPATIBILITIES, "compatibility")
+        self.scaling = scaling
         if isinstance(scaling, str): choose(scaling, SCALINGS, "scaling")
-        sizes, factory = (query_features, key_features), dict(device=device, dtype=dtype)
-        if compatibility == "bilinear": self.compare = Bilinear(*sizes, **factory)
-        elif compatibility == "additive": self.compare = Additive(*sizes, hidden or key_features, **factory)
-        elif query_features == key_features: self.compare = PREPARATIONS[compatibility]
-        else: raise AttnnasError(f"A {compatibility} product needs queries and keys of the same number of features, "
-                                 f"got {query_features} and {key_features}; bilinear and additive do not.")
+        sizes = (query_features, key_features)
+        factory = {"device": device, "dtype": dtype}
+        if compatibility == "bilinear":
+            self.compare = Bilinear(*sizes, **factory)
+        elif compatibility == "additive":
+            self.compare = Additive(*sizes, hidden or key_features, **factory)
+        elif query_features == key_features:
+            self.compare = PREPARATIONS[compatibility]
+        else:
+            raise AttnnasError(
+                f"A {compatibility} product needs queries and keys of the same number of features, "
+                f"got {query_features} and {key_features}; bilinear and additive do not.")
 
     def weights(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        "The weights (..., Q, P), divided by P."
+        """Return the weights (..., Q, P), divided by P.
+
+        query, key: (..., Q, Rq) and (..., P, Rk).
+        """
         compared = self.compare(query, key)
         if self.compatibility == "additive": return activate(compared, self.scaling) / key.shape[-2]
         return attention_weights(*compared, self.scaling, 1.0)
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, path: str = "auto") -> torch.Tensor:
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                path: str = "auto") -> torch.Tensor:
         check_sizes(query, key, value, same_features=False)
         if self.compatibility == "additive": return self.weights(query, key) @ value
         return attend(*self.compare(query, key), value, self.scaling, 1.0, path)

@@ -19,40 +19,86 @@ from .supergraph import Supergraph, level_nodes
 
 # %% ../../nbs/cells/05_derivation.ipynb #51c51422
 def _largest(weights: torch.Tensor, count: int) -> tuple[list[int], float | None]:
-    "Indices of the `count` largest, the first of equals first; and the margin (None: nothing was left out)."
+    """Choose the largest weights.
+
+    Returns: the indices of the `count` largest, the first of equals first; and the margin, which is
+        None where nothing is left out.
+    """
     order = weights.argsort(descending=True, stable=True).tolist()
-    margin = float(weights[order[count - 1]] - weights[order[count]]) if count < len(order) else None
-    return order[:count], margin
+    if count == len(order): return order, None
+    margin = weights[order[count - 1]] - weights[order[count]]
+    return order[:count], float(margin)
 
 # %% ../../nbs/cells/05_derivation.ipynb #37b870d6
 @dataclass(frozen=True)
 class Derivation:
-    """What `derive` found: the cell, where its operations come from, and how clear each choice was.
+    """Hold the result of `derive`.
 
-    kept[k-1] = (level, node), counted from 0, of the cell's operation k. margins: last weight kept minus first
-    left out, under "sink", "inputs of (level, node)" and "activation of (level, node)"; a choice that left
-    nothing out has none.
+    cell: the derived cell.
+    kept: kept[k-1] = (level, node), counted from 0, of the cell's operation k.
+    margins: how clear each choice was: the last weight kept minus the first left out, under
+        "sink", "inputs of (level, node)" and "activation of (level, node)". A choice that left
+        nothing out has no margin.
     """
     cell: CellSpec
     kept: tuple[tuple[int, int], ...]
     margins: dict[str, float]
 
 
-def derive(level_weights: torch.Tensor, sink_weights: torch.Tensor, nodes, alpha: int = 3, beta: int = 2,
-           width: int = 64, activation_weights: torch.Tensor | None = None, by: str = "value") -> Derivation:
-    """The cell of the `alpha` nodes that weigh most at the sink, and the `beta` best predecessors of every kept node.
+def derive(level_weights: torch.Tensor, sink_weights: torch.Tensor, nodes, alpha: int = 3,
+           beta: int = 2, width: int = 64, activation_weights: torch.Tensor | None = None,
+           by: str = "value") -> Derivation:
+    """Derive a cell from connection weights.
 
-    level_weights (m-1, n, n) = [level i+2, node j, predecessor k] and sink_weights (m, n), as applied; nodes: one
-    level's n OperationSpec; activation_weights (m, n, 4): the largest names the activation, None keeps the nodes' own.
-    `by`: rank connections by "value" or by "magnitude" [choice]. Ties: lowest level, then lowest node.
-    Raises: AttnnasError for shapes or numbers that do not fit, NaN. Source: talk (cell design derivation).
+    The cell consists of the `alpha` nodes that weigh most at the sink, and of the `beta` best
+    predecessors of every kept node. Among equals the lowest level wins, then the lowest node.
+
+    level_weights: (m-1, n, n) = [level i+2, node j, predecessor k], as applied.
+    sink_weights: (m, n), as applied.
+    nodes: one level's n OperationSpec.
+    alpha, beta: how many outputs, and how many predecessors of a node, are kept.
+    width: channels d inside the cell.
+    activation_weights: (m, n, 4), where the largest names the activation; None: the nodes' own.
+    by: how connections are ranked: by "value" or by "magnitude" [choice].
+    Raises: AttnnasError for shapes or numbers that do not fit, and for NaN.
+    Source: talk (cell design derivation).
     """
-    rank = choose(by, {"value": lambda w: w, "magnitude": torch.abs}, "ranking")
-    level, sink = (rank(w.detach().double().cpu()) for w in (level_weights, sink_weights))
+    choose(by, ("value", "magnitude"), "ranking")
+    level = _exact(level_weights)
+    sink = _exact(sink_weights)
+    if by == "magnitude":
+        level = level.abs()
+        sink = sink.abs()
     _check(level, sink, activation_weights, nodes, alpha, beta)
-    n, margins, predecessors = len(nodes), {}, {}
+    margins = {}
     best, margins["sink"] = _largest(sink.flatten(), alpha)
-    outputs = sorted(divmod(i, n) for i in best)
+    outputs = sorted(divmod(i, len(nodes)) for i in best)
+    predecessors = _predecessors(level, outputs, beta, margins)
+    kept = sorted(predecessors)
+    operations = [nodes[j] for _, j in kept]
+    if activation_weights is not None:
+        for k, (i, j) in enumerate(kept):
+            (best,), margin = _largest(_exact(activation_weights[i, j]), 1)
+            margins[f"activation of {i, j}"] = margin
+            operations[k] = replace(operations[k], activation=ACTIVATIONS[best])
+    number = {node: k for k, node in enumerate(kept, 1)}
+    inputs = tuple(tuple(number[p] for p in predecessors[node]) or (0,) for node in kept)
+    cell = CellSpec(tuple(operations), inputs, tuple(number[node] for node in outputs), width)
+    found = {name: margin for name, margin in sorted(margins.items()) if margin is not None}
+    return Derivation(cell, tuple(kept), found)
+
+# %% ../../nbs/cells/05_derivation.ipynb #b743e54e
+def _exact(weights: torch.Tensor) -> torch.Tensor:
+    return weights.detach().double().cpu()
+
+
+def _predecessors(level, outputs, beta, margins) -> dict:
+    """Follow the best connections down from the outputs.
+
+    margins: a dictionary, to which the margins of the choices are added.
+    Returns: (level, node) -> its predecessors, for every node that is reached.
+    """
+    predecessors = {}
     frontier = list(outputs)
     while frontier:
         i, j = frontier.pop(0)
@@ -62,29 +108,25 @@ def derive(level_weights: torch.Tensor, sink_weights: torch.Tensor, nodes, alpha
             best, margins[f"inputs of {i, j}"] = _largest(level[i - 1, j], beta)
             predecessors[i, j] = [(i - 1, k) for k in sorted(best)]
             frontier += predecessors[i, j]
-    kept = sorted(predecessors)
-    number = {node: k for k, node in enumerate(kept, 1)}
-    operations = [nodes[j] for _, j in kept]
-    if activation_weights is not None:
-        for k, (i, j) in enumerate(kept):
-            (best,), margins[f"activation of {i, j}"] = _largest(activation_weights[i, j].detach().double().cpu(), 1)
-            operations[k] = replace(operations[k], activation=ACTIVATIONS[best])
-    inputs = tuple(tuple(number[p] for p in predecessors[node]) or (0,) for node in kept)
-    cell = CellSpec(tuple(operations), inputs, tuple(number[node] for node in outputs), width)
-    return Derivation(cell, tuple(kept), {name: m for name, m in sorted(margins.items()) if m is not None})
+    return predecessors
 
-# %% ../../nbs/cells/05_derivation.ipynb #b743e54e
+
 def _check(level, sink, activation, nodes, alpha, beta):
     n = len(nodes)
-    expected = {"sink": (sink, (len(sink), n)), "level": (level, (len(sink) - 1, n, n)),
-                "activation": (activation, (len(sink), n, len(ACTIVATIONS)))}
+    levels = len(sink)
+    expected = {
+        "sink": (sink, (levels, n)),
+        "level": (level, (levels - 1, n, n)),
+        "activation": (activation, (levels, n, len(ACTIVATIONS))),
+    }
     for name, (weights, shape) in expected.items():
         if weights is None: continue
         if tuple(weights.shape) != shape:
-            raise AttnnasError(f"With {n} nodes and {len(sink)} levels the {name} weights have shape {shape}, got "
-                               f"{tuple(weights.shape)}.")
+            raise AttnnasError(f"With {n} nodes and {levels} levels the {name} weights have shape "
+                               f"{shape}, got {tuple(weights.shape)}.")
         if not weights.isfinite().all():
-            raise AttnnasError(f"The {name} weights are not finite: the search diverged, and names no cell.")
+            raise AttnnasError(f"The {name} weights are not finite: the search diverged, "
+                               "and names no cell.")
     for name, value, most in (("alpha", alpha, sink.numel()), ("beta", beta, n)):
         if type(value) is not int or not 1 <= value <= most:
             raise AttnnasError(f"{name} must be a whole number from 1 to {most}, got {value!r}.")
@@ -92,35 +134,64 @@ def _check(level, sink, activation, nodes, alpha, beta):
 # %% ../../nbs/cells/05_derivation.ipynb #7fa8d58d
 def random_cell(seed, levels: int = 4, nodes=None, alpha: int = 3, beta: int = 2, width: int = 64,
                 activations: str = "fixed") -> Derivation:
-    """`derive` from connection weights (and with "mixture" activations) drawn at random: a pure function of `seed`.
+    """Derive a cell from connection weights that are drawn at random. [choice: a control of ours]
 
-    Raises: AttnnasError as `derive`. [choice: a control of ours]
+    seed: the cell is a pure function of it.
+    levels: m.
+    nodes: one level's OperationSpec; default: `level_nodes()`.
+    alpha, beta, width: as in `derive`.
+    activations: "fixed" (as the nodes say) or "mixture", which draws the activations, too.
+    Raises: AttnnasError as `derive` does.
     """
     nodes = level_nodes(activations=activations) if nodes is None else tuple(nodes)
-    n, draw = len(nodes), generator("random_cell", seed)
-    level, sink, activation = (torch.rand(shape, generator=draw, dtype=torch.float64)
-                               for shape in ((levels - 1, n, n), (levels, n), (levels, n, len(ACTIVATIONS))))
-    return derive(level, sink, nodes, alpha, beta, width, activation if activations == "mixture" else None)
+    n = len(nodes)
+    draw = generator("random_cell", seed)
+    level = torch.rand((levels - 1, n, n), generator=draw, dtype=torch.float64)
+    sink = torch.rand((levels, n), generator=draw, dtype=torch.float64)
+    activation = None
+    if activations == "mixture":
+        shape = (levels, n, len(ACTIVATIONS))
+        activation = torch.rand(shape, generator=draw, dtype=torch.float64)
+    return derive(level, sink, nodes, alpha, beta, width, activation)
 
 # %% ../../nbs/cells/05_derivation.ipynb #b4fcd1d1
 @torch.no_grad()
 def carry_over(supergraph: Supergraph, derivation: Derivation) -> AttentionCell:
-    """The derived cell with the supergraph's weights: equal to it where every connection left out is zero.
+    """Build the derived cell with the supergraph's weights.
 
-    The cell must have the supergraph's width, and its keys are whole: pooled keys of a fused supergraph are not carried
-    over. Source: sink and combination agree by the talk's formula.
+    The cell equals the supergraph where every connection that was left out is zero. Its keys are
+    whole: pooled keys of a fused supergraph are not carried over.
+
+    supergraph: the trained supergraph.
+    derivation: of its connection weights; its cell must have the supergraph's width.
+    Returns: the cell, in the supergraph's mode (training or evaluation).
+    Source: sink and combination agree by the talk's formula.
     """
-    spec, n, blocks = derivation.cell, len(supergraph.nodes), supergraph.combine.weight
-    cell = AttentionCell(supergraph.channels, spec, supergraph.normalise, blocks.device, blocks.dtype)
-    same = [(cell.stem, supergraph.stem), (cell.norms[0], supergraph.norms[0]), (cell.zero_norm, supergraph.zero_norm)]
-    level, sink = supergraph.connections.level_weights(), supergraph.connections.sink_weights()
-    for k, (i, j) in enumerate(derivation.kept):
-        same += [(cell.operations[k], supergraph.operations[i][j])]
-        same += [(cell.norms[k + 1], supergraph.norms[1 + i * n + j])]
-        if i: cell.input_weights[k].copy_(level[i - 1, j, [derivation.kept[f - 1][1] for f in spec.inputs[k]]])
-    for mine, theirs in same:
-        mine.load_state_dict({name: v for name, v in theirs.state_dict().items() if name != "mixture_logits"})
+    spec = derivation.cell
+    kept = derivation.kept
+    n = len(supergraph.nodes)
+    level = supergraph.connections.level_weights()
+    sink = supergraph.connections.sink_weights()
+    blocks = supergraph.combine.weight
+    cell = AttentionCell(supergraph.channels, spec, supergraph.normalise, blocks.device,
+                         blocks.dtype)
+    _copy(supergraph.stem, cell.stem)
+    _copy(supergraph.norms[0], cell.norms[0])
+    _copy(supergraph.zero_norm, cell.zero_norm)
+    for k, (i, j) in enumerate(kept):
+        _copy(supergraph.operations[i][j], cell.operations[k])
+        _copy(supergraph.norms[1 + i * n + j], cell.norms[k + 1])
+        if i:
+            read = [kept[f - 1][1] for f in spec.inputs[k]]
+            cell.input_weights[k].copy_(level[i - 1, j, read])
     blocks = blocks.unflatten(1, (*sink.shape, supergraph.width)) * sink[..., None]
-    outputs = (derivation.kept[k - 1] for k in spec.outputs)
+    outputs = (kept[k - 1] for k in spec.outputs)
     cell.combine.weight.copy_(torch.cat([blocks[:, i, j] for i, j in outputs], 1))
     return cell.train(supergraph.training)
+
+
+def _copy(source, target):
+    "Copy a module's state. A cell's operation has no logits of a mixture."
+    state = source.state_dict()
+    state.pop("mixture_logits", None)
+    target.load_state_dict(state)

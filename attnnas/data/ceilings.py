@@ -15,51 +15,78 @@ from .synthetic import CLASS_EVENTS, BenchmarkConfig
 
 # %% ../../nbs/data/06_ceilings.ipynb #0dd7c2af
 def _fitted(features: Tensor, labels: Tensor, weights: Tensor, hidden: int = 0) -> nn.Module:
-    "The linear layer, or the network of one hidden layer, that minimises the weighted cross-entropy."
+    """Fit a reader, by the weighted cross-entropy.
+
+    features: (N, features).
+    labels: (N,).
+    weights: (N,), how much each row counts.
+    hidden: width of the hidden layer; 0: a linear layer.
+    Returns: the network.
+    """
     last = nn.Linear(hidden or features.shape[1], int(labels.max()) + 1)
-    nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
-    first = nn.Linear(features.shape[1], hidden) if hidden else nn.Identity()
-    if hidden: nn.init.uniform_(first.weight, -1, 1, generator(0, "ceilings")), nn.init.zeros_(first.bias)
-    net = nn.Sequential(first, nn.Tanh() if hidden else nn.Identity(), last).double()
-    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=200, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    layers = [last]
+    if hidden:
+        first = nn.Linear(features.shape[1], hidden)
+        nn.init.uniform_(first.weight, -1, 1, generator(0, "ceilings"))
+        nn.init.zeros_(first.bias)
+        layers = [first, nn.Tanh(), last]
+    net = nn.Sequential(*layers).double()
+    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=200, tolerance_change=1e-12,
+                                  line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
         loss = (weights * F.cross_entropy(net(features), labels, reduction="none")).sum()
         loss.backward()
         return loss
+
     optimizer.step(closure)
     return net
 
 # %% ../../nbs/data/06_ceilings.ipynb #150b376a
 @torch.no_grad()
 def _accuracy(scores: Tensor, labels: Tensor, weights: Tensor) -> float:
-    "Weighted accuracy; the classes within .01 of the best score share the guess."
+    "Return the weighted accuracy; the classes within .01 of the best score share the guess."
     best = scores >= scores.amax(1, keepdim=True) - .01
-    return (weights * best.gather(1, labels[:, None])[:, 0] / best.sum(1)).sum().item()
+    right = best.gather(1, labels[:, None])[:, 0]
+    return (weights * right / best.sum(1)).sum().item()
 
 # %% ../../nbs/data/06_ceilings.ipynb #cea790a8
-_GIVEN_UP = {"A": {(1, 1), (3, 3), (5, 5)},
-             "B": {(1, 1), (3, 3), (2, 3), (3, 2), (0, 2), (2, 0), (5, 5)}}
+_GIVEN_UP = {
+    "A": {(1, 1), (3, 3), (5, 5)},
+    "B": {(1, 1), (3, 3), (2, 3), (3, 2), (0, 2), (2, 0), (5, 5)},
+}
 
 # %% ../../nbs/data/06_ceilings.ipynb #7dd76c91
 def ceilings(config: BenchmarkConfig) -> dict:
-    """Accuracies (0 to 1) of readers of the true events, exact for the data set's population of classes and pairs.
+    """Compute the accuracies of readers of the true events.
 
-    "oracle" knows the pair of events; "bag of local events" is the cross-entropy optimum of a linear layer on event
-    counts (perfect local detectors, global average pooling, linear head), "early and late counts" the same with windows
-    apart; "best linear on counts" is the most that any linear layer reaches; "MLP on counts" has one hidden layer.
+    They are exact for the data set's population of classes and pairs.
+
+    config: the data set; only its name matters.
+    Returns: name of the reader -> accuracy (0 to 1). "oracle" knows the pair of events. "bag of
+        local events" is the cross-entropy optimum of a linear layer on event counts (perfect
+        local detectors, global average pooling, linear head). "early and late counts" is the
+        same with a count for each window. "best linear on counts" is the most that any linear
+        layer reaches. "MLP on counts" has one hidden layer.
     """
     table = CLASS_EVENTS[config.name].values()
-    rows = [(pair, c, 1 / (12 * len(pairs))) for c, (*_, pairs) in enumerate(table) for pair in pairs]
+    rows = [(pair, c, 1 / (12 * len(pairs))) for c, (*_, pairs) in enumerate(table)
+            for pair in pairs]
     pair, label, weight = (torch.tensor(column) for column in zip(*rows))
     weight = weight.double() / weight.double().sum()
     events = F.one_hot(pair + 1, 7)[..., 1:].double()
-    kept = torch.tensor([row[0] not in _GIVEN_UP[config.name] for row in rows])
-    score = lambda x, weight=weight, hidden=0: _fitted(x, label, weight, hidden)(x)
+    counts = events.sum(1)
+    windows = events.flatten(1)
+    kept = torch.tensor([pair not in _GIVEN_UP[config.name] for pair, *_ in rows])
     label_of = {pair: c for pair, c, _ in rows}
-    readers = {"oracle": F.one_hot(torch.tensor([label_of[pair] for pair, *_ in rows])),
-               "bag of local events": score(events.sum(1)), "early and late counts": score(events.flatten(1)),
-               "best linear on counts": score(events.sum(1), weight * kept),
-               "MLP on counts": score(events.sum(1), hidden=32)}
+    readers = {
+        "oracle": F.one_hot(torch.tensor([label_of[pair] for pair, *_ in rows])),
+        "bag of local events": _fitted(counts, label, weight)(counts),
+        "early and late counts": _fitted(windows, label, weight)(windows),
+        "best linear on counts": _fitted(counts, label, weight * kept)(counts),
+        "MLP on counts": _fitted(counts, label, weight, hidden=32)(counts),
+    }
     return {name: round(_accuracy(scores, label, weight), 4) for name, scores in readers.items()}

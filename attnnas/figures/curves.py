@@ -8,6 +8,7 @@ __all__ = ['PALETTE', 'METRICS', 'relative_entropy', 'connection_curves', 'learn
 # %% ../../nbs/figures/04_curves.ipynb #b2c3a610
 import numpy as np
 
+from ..attention.formula import ACTIVATIONS
 from ..core.errors import AttnnasError, choose
 from .cells import COLOURS, _apart
 from ..cells.operations.registry import OPERATIONS
@@ -15,35 +16,49 @@ from ..cells.supergraph import level_nodes
 
 # %% ../../nbs/figures/04_curves.ipynb #6aa750c9
 def relative_entropy(sink) -> float:
-    "Entropy of sink weights (m, n) relative to that of equal ones: 1 is undecided, 0 is one node alone."
+    """Compute the entropy of sink weights, relative to the entropy of equal ones.
+
+    sink: (m, n).
+    Returns: 1 for weights that are undecided, 0 for one node alone.
+    Source: [choice].
+    """
     share = np.abs(np.asarray(sink, dtype=float)).ravel()
     share = share[share > 0] / share.sum()
     return float(-(share * np.log(share)).sum() / np.log(np.size(sink)))
 
 # %% ../../nbs/figures/04_curves.ipynb #0f0e4e8c
 def _sink_panel(ax, sink, nodes, leaders):
+    "Draw sink weights (epochs, m, n); `leaders` are the nodes (level, node) that are named."
     epochs = np.arange(1, len(sink) + 1)
+    marker = "." if len(sink) < 3 else ""
     for i, j in np.ndindex(sink.shape[1:]):
-        lead, style = (i, j) in leaders, OPERATIONS[nodes[j].type].linestyle
-        ax.plot(epochs, sink[:, i, j], style if lead else "-", marker="." if len(sink) < 3 else "",
-                color=COLOURS[nodes[j].dimension] if lead else "0.8", linewidth=2 if lead else .8, zorder=2 + lead)
+        look = {"linestyle": "-", "color": "0.8", "linewidth": .8, "zorder": 2}
+        if (i, j) in leaders:
+            style = OPERATIONS[nodes[j].type].linestyle
+            colour = COLOURS[nodes[j].dimension]
+            look = {"linestyle": style, "color": colour, "linewidth": 2, "zorder": 3}
+        ax.plot(epochs, sink[:, i, j], marker=marker, **look)
     bottom, top = ax.get_ylim()
     ends = sorted(leaders, key=lambda node: sink[-1][node])
     wanted = np.array([sink[-1][node] for node in ends])
-    for (i, j), y, place in zip(ends, wanted, _apart(wanted, np.full(len(ends), .18 * (top - bottom)), 0)):
-        ax.annotate(f"level {i + 1} {nodes[j].dimension}\n{nodes[j].type}", (epochs[-1], y), (1.03, place),
-                    textcoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False,
-                    arrowprops={"arrowstyle": "-", "color": "0.5", "linewidth": .6, "shrinkA": 1, "shrinkB": 1})
+    places = _apart(wanted, np.full(len(ends), .18 * (top - bottom)), 0)
+    arrow = {"arrowstyle": "-", "color": "0.5", "linewidth": .6, "shrinkA": 1, "shrinkB": 1}
+    for (i, j), y, place in zip(ends, wanted, places):
+        name = f"level {i + 1} {nodes[j].dimension}\n{nodes[j].type}"
+        ax.annotate(name, (epochs[-1], y), (1.03, place), textcoords=("axes fraction", "data"),
+                    va="center", fontsize=8, annotation_clip=False, arrowprops=arrow)
     ax.set(xlabel="epoch", ylabel="w_sink", ylim=(bottom, top), xlim=(1, max(2, len(sink))))
     ax.xaxis.get_major_locator().set_params(integer=True)
 
 # %% ../../nbs/figures/04_curves.ipynb #fbee9c87
 def _activation_panel(ax, activation, leaders):
+    "Draw the mixtures (m, n, 4) of all nodes; `leaders` are framed."
     from matplotlib.patches import Rectangle
-    from attnnas.attention.formula import ACTIVATIONS
     m, n, kinds = activation.shape
     image = ax.imshow(activation.reshape(m * n, kinds), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for i, j in leaders: ax.add_patch(Rectangle((-.5, i * n + j - .5), kinds, 1, fill=False, clip_on=False))
+    for i, j in leaders:
+        corner = (-.5, i * n + j - .5)
+        ax.add_patch(Rectangle(corner, kinds, 1, fill=False, clip_on=False))
     ax.set_xticks(range(kinds), ACTIVATIONS, rotation=60)
     ax.set_yticks([n * (i + .5) - .5 for i in range(m)], range(1, m + 1))
     ax.set_ylabel("level")
@@ -53,32 +68,43 @@ def _activation_panel(ax, activation, leaders):
 
 # %% ../../nbs/figures/04_curves.ipynb #f73a48d8
 def _named(sink, top: int) -> list:
-    "(level, node), from 0, of the `top` largest of sink weights (m, n), the first of equals first."
+    """Return (level, node), from 0, of the `top` largest sink weights, the first of equals first.
+
+    sink: (m, n).
+    """
     best = np.argsort(-sink, axis=None, kind="stable")[:top]
     return [divmod(int(i), sink.shape[1]) for i in best]
 
 # %% ../../nbs/figures/04_curves.ipynb #507206ba
 def connection_curves(history: list, nodes=None, site: str | None = None, top: int = 3):
-    """Draw how connection weights developed: sink weights, their relative entropy, activations; returns the Figure.
+    """Draw how connection weights developed: sink weights, their relative entropy, activations.
 
-    history: one dictionary an epoch, whose ["connections"][site] has "sink" (m, n) and "activation" (m, n, 4) or
-    None. `nodes`: the n OperationSpec (default `level_nodes()`); `site`: default the first; `top` nodes are named.
+    history: one dictionary an epoch, whose ["connections"][site] has "sink" (m, n) and
+        "activation" (m, n, 4) or None.
+    nodes: one level's n OperationSpec; default: `level_nodes()`.
+    site: default: the first.
+    top: how many nodes are named.
+    Returns: the Figure.
     Raises: AttnnasError for a history without connection weights and for an unknown site.
     """
     import matplotlib.pyplot as plt
     if not history or "connections" not in history[0]:
-        raise AttnnasError("The history has no connection weights. Give that of a search (attention 'supergraph').")
-    sites, nodes = list(history[0]["connections"]), nodes or level_nodes()
+        raise AttnnasError("The history has no connection weights. "
+                           "Give that of a search (attention 'supergraph').")
+    nodes = nodes or level_nodes()
+    sites = list(history[0]["connections"])
     site = sites[0] if site is None else choose(site, sites, "site")
     connections = [epoch["connections"][site] for epoch in history]
-    sink, activation = np.array([c["sink"] for c in connections], dtype=float), connections[-1].get("activation")
+    sink = np.array([c["sink"] for c in connections], dtype=float)
+    activation = connections[-1].get("activation")
     leaders = _named(sink[-1], top)
-    ratios = [2.2, 1.3, 1.1][:2 + (activation is not None)]
-    figure, axes = plt.subplots(1, len(ratios), figsize=(2.1 * sum(ratios), 2.9), width_ratios=ratios,
-                                layout="constrained")
+    ratios = [2.2, 1.3] if activation is None else [2.2, 1.3, 1.1]
+    figure, axes = plt.subplots(1, len(ratios), figsize=(2.1 * sum(ratios), 2.9),
+                                width_ratios=ratios, layout="constrained")
     _sink_panel(axes[0], sink, nodes, leaders)
     axes[0].set_title(f"Sink weights at {site}", fontsize=10)
-    axes[1].plot(range(1, len(sink) + 1), [relative_entropy(s) for s in sink], color="0.2", marker=".")
+    entropies = [relative_entropy(weights) for weights in sink]
+    axes[1].plot(range(1, len(sink) + 1), entropies, color="0.2", marker=".")
     axes[1].set(xlabel="epoch", ylabel=f"entropy / log {sink[0].size}")
     axes[1].xaxis.get_major_locator().set_params(integer=True)
     axes[1].set_title("1 is undecided", fontsize=10)
@@ -88,20 +114,30 @@ def connection_curves(history: list, nodes=None, site: str | None = None, top: i
     return figure
 
 # %% ../../nbs/figures/04_curves.ipynb #d11bf86b
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
+# The palette of Okabe and Ito, 2008.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def _histories(runs) -> dict:
-    "Label -> list of histories, from run records or from a dictionary."
-    if hasattr(runs, "items"):
-        return {label: [value] if not value or isinstance(value[0], dict) else value for label, value in runs.items()}
+    "Return label -> list of histories, from run records or from a dictionary."
     found = {}
-    for record in runs: found.setdefault(record.run.label.rsplit(" seed ", 1)[0], []).append(record.history)
+    if hasattr(runs, "items"):
+        for label, value in runs.items():
+            one = not value or isinstance(value[0], dict)
+            found[label] = [value] if one else value
+        return found
+    for record in runs:
+        label = record.run.label.rsplit(" seed ", 1)[0]
+        found.setdefault(label, []).append(record.history)
     return found
 
 
 def _table(histories, read) -> np.ndarray:
-    "What `read` finds in every epoch: (runs, epochs), NaN where there is nothing."
+    """Read a metric of every epoch.
+
+    read: a function of an epoch's dictionary that returns a number, or None.
+    Returns: (runs, epochs), NaN where there is no number.
+    """
     table = np.full((len(histories), max(map(len, histories), default=0)), np.nan)
     for row, history in zip(table, histories):
         for i, epoch in enumerate(history):
@@ -110,16 +146,21 @@ def _table(histories, read) -> np.ndarray:
     return table
 
 
-METRICS = {("loss", "training"): lambda epoch: epoch["loss"], ("top1", "training"): lambda epoch: epoch["top1"],
-           ("loss", "validation"): lambda epoch: epoch.get("validation", {}).get("loss"),
-           ("top1", "validation"): lambda epoch: epoch.get("validation", {}).get("top1")}
+METRICS = {
+    ("loss", "training"): lambda epoch: epoch["loss"],
+    ("top1", "training"): lambda epoch: epoch["top1"],
+    ("loss", "validation"): lambda epoch: epoch.get("validation", {}).get("loss"),
+    ("top1", "validation"): lambda epoch: epoch.get("validation", {}).get("top1"),
+}
 
 # %% ../../nbs/figures/04_curves.ipynb #004a79bd
 def learning_curves(runs):
-    """Draw loss and top-1 accuracy (%) per epoch, with the spread over seeds; returns the Figure.
+    """Draw loss and top-1 accuracy (%) per epoch, with the spread over seeds.
 
-    `runs`: run records, which are grouped by all but their seed, or {label: history or list of histories}. A history
-    has one dictionary an epoch, with "loss", "top1" and perhaps "validation": {"loss", "top1"}.
+    runs: run records, which are grouped by all but their seed, or {label: history or list of
+        histories}. A history has one dictionary an epoch, with "loss", "top1" and perhaps
+        "validation": {"loss", "top1"}.
+    Returns: the Figure.
     Raises: AttnnasError where there is nothing to draw.
     """
     import matplotlib.pyplot as plt
@@ -130,46 +171,63 @@ def learning_curves(runs):
     for n, (label, several) in enumerate(histories.items()):
         colour = PALETTE[n % len(PALETTE)]
         for (metric, part), read in METRICS.items():
-            ax, table = axes[int(metric == "top1")], _table(several, read)
-            epochs, style = range(1, table.shape[1] + 1), ":" if part == "training" else "-"
-            ax.plot(epochs, table.mean(0), style, color=colour, marker="." if len(epochs) < 3 else "")
-            ax.fill_between(epochs, table.min(0), table.max(0), color=colour, alpha=.15, linewidth=0)
-        axes[0].plot([], [], color=colour, label=f"{label} ({len(several)} seed{'s' * (len(several) != 1)})")
+            ax = axes[int(metric == "top1")]
+            table = _table(several, read)
+            epochs = range(1, table.shape[1] + 1)
+            style = ":" if part == "training" else "-"
+            marker = "." if len(epochs) < 3 else ""
+            ax.plot(epochs, table.mean(0), style, color=colour, marker=marker)
+            ax.fill_between(epochs, table.min(0), table.max(0), color=colour, alpha=.15,
+                            linewidth=0)
+        seeds = "1 seed" if len(several) == 1 else f"{len(several)} seeds"
+        axes[0].plot([], [], color=colour, label=f"{label} ({seeds})")
     axes[0].plot([], [], ":", color="0.4", label="training")
     axes[0].plot([], [], "-", color="0.4", label="validation")
     for ax, name in zip(axes, ("loss", "top-1 accuracy (%)")):
         ax.set(xlabel="epoch", ylabel=name)
-        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure
 
 # %% ../../nbs/figures/04_curves.ipynb #fe6661b3
 def dots(rows, limits: dict | None = None):
-    """Draw test top-1 of `rows` over all, single and relation classes, a dot a seed and a tick for the mean; returns the Figure.
+    """Draw the test top-1 of a table's rows: a dot a seed, and a tick for the mean.
 
-    A line of panels for each (data, backbone). `rows` have data, backbone, model and values(group) -> {seed: percent};
-    `limits` {data: (bag ceiling, linear limit)} in percent. Cells that were found are drawn in another colour.
+    There is a line of panels for each (data, backbone), with all, single and relation classes.
+    Cells that were found are drawn in another colour.
+
+    rows: objects with data, backbone, model and values(group) -> {seed: percent}.
+    limits: {data: (bag ceiling, linear limit)} in percent; default: none.
+    Returns: the Figure.
     """
     import matplotlib.pyplot as plt
     places = list(dict.fromkeys((row.data, row.backbone) for row in rows))
-    models = {place: [row.model for row in rows if (row.data, row.backbone) == place] for place in places}
+    models = {place: [] for place in places}
+    for row in rows: models[row.data, row.backbone].append(row.model)
     heights = [0.7 + 0.26 * len(names) for names in models.values()]
-    figure, axes = plt.subplots(len(places), 3, figsize=(9, 0.5 + sum(heights)), sharex=True, sharey="row", squeeze=False,
-                                height_ratios=heights, layout="constrained")
+    figure, axes = plt.subplots(len(places), 3, figsize=(9, 0.5 + sum(heights)), sharex=True,
+                                sharey="row", squeeze=False, height_ratios=heights,
+                                layout="constrained")
     for row in rows:
-        place = row.data, row.backbone
-        y, colour = models[place].index(row.model), "C1" if row.model.startswith(("derived", "cell from")) else "C0"
+        place = (row.data, row.backbone)
+        y = models[place].index(row.model)
+        found = row.model.startswith(("derived", "cell from"))
+        colour = "C1" if found else "C0"
         for ax, group in zip(axes[places.index(place)], ("all", "single", "relation")):
             values = list(row.values(group).values())
             ax.scatter(values, [y] * len(values), color=colour, s=22, alpha=0.6)
-            if values: ax.plot([np.mean(values)], [y], "|", color=colour, markersize=14, markeredgewidth=2)
-    for panels, place in zip(axes, places):
-        for value, style in zip((limits or {}).get(place[0], ()), ("--", ":")): panels[0].axvline(value, ls=style, color="0.5", lw=1)
-        panels[0].set_yticks(range(len(models[place])), models[place], fontsize=9)
-        panels[0].set_ylim(len(models[place]) - 0.5, -0.5)
-        panels[0].set_ylabel(f"{place[0]}, {place[1]}", fontsize=8)
+            if values:
+                ax.plot([np.mean(values)], [y], "|", color=colour, markersize=14,
+                        markeredgewidth=2)
+    for panels, (data, backbone) in zip(axes, places):
+        for value, style in zip((limits or {}).get(data, ()), ("--", ":")):
+            panels[0].axvline(value, ls=style, color="0.5", lw=1)
+        names = models[data, backbone]
+        panels[0].set_yticks(range(len(names)), names, fontsize=9)
+        panels[0].set_ylim(len(names) - 0.5, -0.5)
+        panels[0].set_ylabel(f"{data}, {backbone}", fontsize=8)
         for ax in panels: ax.grid(axis="x", alpha=0.3)
-    for ax, title in zip(axes[0], ("all classes", "single event", "relation of two events")): ax.set_title(title, fontsize=10)
+    titles = ("all classes", "single event", "relation of two events")
+    for ax, title in zip(axes[0], titles): ax.set_title(title, fontsize=10)
     for ax in axes[-1]: ax.set_xlabel("test top-1 (%)")
     return figure
