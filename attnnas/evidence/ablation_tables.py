@@ -24,7 +24,7 @@ from ..search.health import health
 from ..search.random import random
 from ..search.tabular import TabularBenchmark
 
-# %% ../../nbs/evidence/12_ablation_tables.ipynb #bea266f3
+# %% ../../nbs/evidence/12_ablation_tables.ipynb #1a681928
 def lines_of(frame, data: str, kind: str, what: str | None = None):
     """Return the lines of `ablation_frame` of one data set and kind.
 
@@ -33,7 +33,7 @@ def lines_of(frame, data: str, kind: str, what: str | None = None):
     chosen = frame[(frame.data == data) & (frame.kind == kind)]
     return chosen if what is None else chosen[chosen.what == what]
 
-
+# %% ../../nbs/evidence/12_ablation_tables.ipynb #ef49902a
 def best_of_equal_cost(cells, seconds: float) -> tuple:
     """Compute what chance buys: the expected test accuracy of the best of some random cells.
 
@@ -49,7 +49,7 @@ def best_of_equal_cost(cells, seconds: float) -> tuple:
     weights = [comb(rank, bought - 1) / comb(n, bought) for rank in range(n)]
     return (weights * cells.top1).sum(), bought
 
-# %% ../../nbs/evidence/12_ablation_tables.ipynb #47be52e9
+# %% ../../nbs/evidence/12_ablation_tables.ipynb #47870184
 def found_table(frame):
     "Return a DataFrame, a line a data set and variant of the search: its cells among random ones."
     import pandas as pd
@@ -57,7 +57,7 @@ def found_table(frame):
     pairs = dict.fromkeys(zip(derived.data, derived.what))
     return pd.DataFrame(_compared(frame, data, what) for data, what in pairs)
 
-
+# %% ../../nbs/evidence/12_ablation_tables.ipynb #4af994bc
 def _compared(frame, data: str, what: str) -> dict:
     chosen = lines_of(frame, data, "derived", what)
     searches = lines_of(frame, data, "search", what)
@@ -72,7 +72,7 @@ def _compared(frame, data: str, what: str) -> dict:
             "CPU-s of a search": number(searches.cpu_seconds.mean(), 0),
             "best random of equal cost": f"{percent:.1f} (of {bought})"}
 
-
+# %% ../../nbs/evidence/12_ablation_tables.ipynb #3120e014
 def _above(chosen, others) -> str:
     "The p-value of Mann and Whitney's one-sided test; empty with fewer than two lines."
     from scipy.stats import mannwhitneyu
@@ -80,7 +80,7 @@ def _above(chosen, others) -> str:
     test = mannwhitneyu(chosen.top1.fillna(0), others.top1.fillna(0), alternative="greater")
     return number(test.pvalue, 3)
 
-# %% ../../nbs/evidence/12_ablation_tables.ipynb #1b961349
+# %% ../../nbs/evidence/12_ablation_tables.ipynb #d9a7f4f1
 CHANCE = {"space": "of the space", "random": "random derivations"}
 
 
@@ -90,7 +90,7 @@ def chance_table(frame):
     groups = frame[frame.kind.isin(CHANCE)].groupby(["data", "kind"], sort=False)
     return pd.DataFrame(_spread(data, kind, group) for (data, kind), group in groups)
 
-
+# %% ../../nbs/evidence/12_ablation_tables.ipynb #88bf6b64
 def _spread(data: str, kind: str, group) -> dict:
     return {"data": data, "cells": CHANCE[kind], "number": len(group),
             "diverged": (group.status == "diverged").sum(),
@@ -125,7 +125,7 @@ def accuracy_dots(frame):
     figure.tight_layout()
     return figure
 
-# %% ../../nbs/evidence/12_ablation_tables.ipynb #fa0c8441
+# %% ../../nbs/evidence/12_ablation_tables.ipynb #a89a8e7c
 CONTESTANTS = {"found": ["derived"], "random": ["space", "random"]}
 
 
@@ -144,7 +144,7 @@ def best_runs(plan: dict, frame) -> dict:
             best[data, name] = plan[tuple(winner)]
     return best
 
-
+# %% ../../nbs/evidence/12_ablation_tables.ipynb #f10b9af8
 def accuracies(final: dict) -> dict:
     """Return the test accuracies of finalists, {(data, contestant): {seed: percent}}.
 
@@ -153,7 +153,7 @@ def accuracies(final: dict) -> dict:
     return {name: {record.run.seed: record.test["top1"] for record in group if record.test}
             for name, group in final.items()}
 
-# %% ../../nbs/evidence/12_ablation_tables.ipynb #7026f9a0
+# %% ../../nbs/evidence/12_ablation_tables.ipynb #8d2334be
 def duel_table(accuracy: dict):
     "Return a DataFrame, a line a data set: the finalists of `accuracies`, compared seed by seed."
     import pandas as pd
@@ -161,7 +161,7 @@ def duel_table(accuracy: dict):
     return pd.DataFrame(_duel(data, accuracy[data, "found"], accuracy[data, "random"])
                         for data in sets)
 
-
+# %% ../../nbs/evidence/12_ablation_tables.ipynb #b9745bd9
 def _duel(data: str, ours: dict, theirs: dict) -> dict:
     difference = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
     between = " to ".join(number(limit, 1, True) for limit in interval(difference))
@@ -232,13 +232,13 @@ def rank_text(ranked) -> str:
                      f"{counted(len(group), 'cell')}.")
     return "\n".join(lines) or "- too few cells."
 
-# %% ../../nbs/evidence/12_ablation_tables.ipynb #8dfb2e01
+# %% ../../nbs/evidence/12_ablation_tables.ipynb #1f903c79
 def finished_searches(found: dict) -> dict:
     "Return {(data, kind, what, number): SearchResult} of the searches that did not diverge."
     return {key: search_result(record) for key, record in found.items()
             if key[1] == "search" and record.status == "finished"}
 
-
+# %% ../../nbs/evidence/12_ablation_tables.ipynb #542cdddf
 def alarm_text(results: dict) -> str:
     "Return the alarms of the health reports of `finished_searches`, a line an alarm."
     lines = [f"- {data}, {what} search {seed}: {alarm}"
@@ -283,7 +283,7 @@ def regret_figure(curves):
     figure.tight_layout()
     return figure
 
-# %% ../../nbs/evidence/12_ablation_tables.ipynb #0fca717c
+# %% ../../nbs/evidence/12_ablation_tables.ipynb #3f91c143
 def regret_text(curves, benchmark: TabularBenchmark) -> str:
     "Say how the methods of `regret_curves` compare after the last trial, and the table's noise."
     trials = curves.trials.max()
@@ -299,14 +299,14 @@ def regret_text(curves, benchmark: TabularBenchmark) -> str:
             f"{noise['between']:.1f}; a trial is the mean of "
             f"{counted(len(benchmark.seeds), 'run')}.")
 
-
+# %% ../../nbs/evidence/12_ablation_tables.ipynb #3282361e
 def _wins(last, name: str) -> str:
     ours = last[name]
     theirs = last["random"]
     return (f"{name} below random in {(ours < theirs).sum()} of {len(last)} seeds, "
             f"equal in {(ours == theirs).sum()}, above in {(ours > theirs).sum()}")
 
-# %% ../../nbs/evidence/12_ablation_tables.ipynb #f7f5e03b
+# %% ../../nbs/evidence/12_ablation_tables.ipynb #5bfd89eb
 def hit_sentence(frame) -> str:
     "Count the default searches whose cell is above the 85th percentile of the space's."
     is_default = (frame.kind == "derived") & (frame.what == "default")
@@ -314,7 +314,7 @@ def hit_sentence(frame) -> str:
     return (f"{sum(value > 85 for value in hits)} of {len(hits)} searches found a cell above the "
             "85th percentile of the space's random cells.")
 
-
+# %% ../../nbs/evidence/12_ablation_tables.ipynb #e38d1c5e
 def derivation_sentence(frame) -> str:
     "Compare how far alpha and beta move a cell with how far seeds of the search do."
     data = frame.data.iloc[0]
