@@ -46,8 +46,8 @@ class BenchmarkTable(Table):
         made = "\n".join(f"{row.data}: {provenance([row])}\n" for row in rows)
         table = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
         text = (f"## Table 0 ({tier.name} tier): {self.title}\n\n{table}\n\n"
-                "The plain backbone's accuracies in percent on test clips, mean ± standard deviation "
-                "over seeds; the last columns are\n"
+                "The plain backbone's accuracies in percent on test clips, mean ± standard "
+                "deviation over seeds; the last columns are\n"
                 "readers of the true events, in percent, exact for each data set's classes.\n\n"
                 f"{sentences}\n\n{made}")
         return frame, text, outcome
