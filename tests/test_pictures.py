@@ -83,7 +83,7 @@ def test_modalities_show_the_same_clips():
 
 
 @pytest.mark.parametrize("data, model, message", [
-    ({"modality": "flow", "name": "somewhere"}, {}, "the folder 'somewhere'"),
+    ({"modality": "flow", "name": "somewhere"}, {}, "stream 'flow' needs flow=FOLDER"),
     ({"modality": "rgb+flow"}, {}, "takes clips of 3 channels; modality 'rgb\\+flow' has 5"),
     ({}, {"backbone": "mobilenetv2_two_stream"}, "takes clips of 5 channels; modality 'rgb' has 3"),
     ({}, {"backbone": "mobilenetv2_frames", "options": {"mechanism": "cbma"}}, "Did you mean"),

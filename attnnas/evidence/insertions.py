@@ -72,7 +72,7 @@ class Insertion:
 # %% ../../nbs/evidence/02_insertions.ipynb #ef50aec1
 SITES = "names of the modules after which it is inserted; default: the backbone's own sites"
 
-
+# %% ../../nbs/evidence/02_insertions.ipynb #c6e2b25d
 @dataclass(frozen=True)
 class NonLocal(Insertion):
     "A non-local block at every site."
@@ -109,7 +109,7 @@ class GivenCell(Insertion):
 ALPHA = "nodes that derivation keeps for their sink weight"
 BETA = "predecessors that derivation keeps of each node"
 
-
+# %% ../../nbs/evidence/02_insertions.ipynb #dc4ef04d
 @dataclass(frozen=True)
 class RandomCell(Insertion):
     "A cell derived from connection weights that are drawn by the run's seed, at every site."
@@ -195,7 +195,7 @@ class Search(Insertion):
 # %% ../../nbs/evidence/02_insertions.ipynb #a0d61378
 KINDS = {cls.kind: cls for cls in (Insertion, NonLocal, GivenCell, RandomCell, DerivedCell, Search)}
 
-
+# %% ../../nbs/evidence/02_insertions.ipynb #f650d30a
 def insertion_of(values: dict, read_run) -> Insertion:
     """Make the insertion that `to_dict` wrote.
 

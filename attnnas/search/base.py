@@ -95,7 +95,7 @@ def try_cell(objective: Callable, trial: Trial) -> Trial:
 # %% ../../nbs/search/02_base.ipynb #92a93470
 EVERY_SITE = "every site"  # the name under which a cell stands whose sites nobody has named
 
-
+# %% ../../nbs/search/02_base.ipynb #7a348603
 @dataclass(frozen=True)
 class TrialLog:
     """The trials of a black-box search.
@@ -253,7 +253,7 @@ class EpochLog:
 # %% ../../nbs/search/02_base.ipynb #d74971b5
 SCHEMA_VERSION = 1
 
-
+# %% ../../nbs/search/02_base.ipynb #ecc9a932
 @dataclass(frozen=True)
 class SearchResult:
     """What a search leaves behind, whatever its method.
@@ -326,7 +326,7 @@ class SearchResult:
 # %% ../../nbs/search/02_base.ipynb #038b47de
 PATIENCE = 1000  # candidates that are looked at before the rest of the space is listed
 
-
+# %% ../../nbs/search/02_base.ipynb #3c1d0097
 @dataclass(frozen=True)
 class Past:
     """What a proposal depends on.

@@ -29,7 +29,7 @@ def provenance(rows) -> str:
             f"torch {names(r.versions['torch'] for r in records)}; "
             f"source {names(r.source for r in records)}, data {first.data['fingerprint']}.")
 
-
+# %% ../../../nbs/evidence/tables/04_text.ipynb #0fd5a488
 def _clips(record) -> str:
     "How many clips of which size."
     data = record.run.data
@@ -42,7 +42,7 @@ def _clips(record) -> str:
     _, _, frames, size, _ = data.tested_shape
     return f"{text}, tested in {frames} frames at {size}x{size}"
 
-
+# %% ../../../nbs/evidence/tables/04_text.ipynb #6518b798
 def _unreadable(records) -> str:
     "The largest number of test clips that a run could not read, where there is one."
     lost = [sum(record.test.get("unreadable", {}).values()) for record in records if record.test]
@@ -76,7 +76,7 @@ def limits_of(rows) -> dict:
         limits[data] = (100 * found["bag of local events"], 100 * found["best linear on counts"])
     return limits
 
-
+# %% ../../../nbs/evidence/tables/04_text.ipynb #75c29840
 def ceiling_note(limits: dict) -> str:
     "Say the limits that `limits_of` found, a sentence a data set."
     return " ".join(f"Data set {data}: bag ceiling {bag:.1f} %, linear limit {limit:.1f} %."
@@ -93,7 +93,7 @@ def markdown_table(frame) -> str:
     lines = [_measured(cells) | _printed(cells) for cells in frame.itertuples()]
     return pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
 
-
+# %% ../../../nbs/evidence/tables/04_text.ipynb #9f3ad720
 def _measured(c) -> dict:
     return {"data": c.data, "backbone": c.backbone, "model": c.model, "seeds": c.seeds,
             "top-1": plus_minus(c.top1, c.top1_sd),
@@ -102,7 +102,7 @@ def _measured(c) -> dict:
             "relation": plus_minus(c.relation, c.relation_sd), "parameters": f"{c.parameters:,}",
             "GFLOPs": number(c.gflops, 4), "CPU-s": number(c.cpu_seconds, 0), "note": c.note}
 
-
+# %% ../../../nbs/evidence/tables/04_text.ipynb #da06c12c
 def _printed(c) -> dict:
     if not hasattr(c, "published"): return {}
     return {"published": c.published, "published top-1": number(c.published_top1, 2),
@@ -137,7 +137,7 @@ def table_text(title: str, frame, collected, outcome, note: str = "") -> str:
     return "\n".join([f"## {title}", "", markdown_table(frame), "", reading, "",
                       *(f"- {line}" for line in lines), "", *made, ""])
 
-
+# %% ../../../nbs/evidence/tables/04_text.ipynb #a305de1b
 def write_table(folder, name: str, frame, markdown: str) -> list:
     """Write a table as `name`.csv (all of `frame`, six decimals) and `name`.md.
 
