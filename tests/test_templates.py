@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from attnnas.core.errors import AttnnasError
-from attnnas.evidence import batch
+from attnnas.evidence import batch, templates
 from attnnas.evidence.batch import notebook_key, reproduce
 from attnnas.evidence.config import load_tier
 from attnnas.evidence.registry import EVIDENCE
@@ -121,8 +121,11 @@ def test_a_failed_notebook_is_kept_and_the_others_finish(smoke, tmp_path, monkey
     broken = nbformat.read(template_path("figure_cells"), as_version=4)
     broken.cells.append(nbformat.v4.new_code_cell("1 / 0"))
     nbformat.write(broken, tmp_path / "figure_cells.ipynb")
-    whole = template_path
-    monkeypatch.setattr(batch, "template_path", lambda name: tmp_path / "figure_cells.ipynb" if name == "figure_cells" else whole(name))
+
+    def path_of(name: str) -> Path:
+        return tmp_path / "figure_cells.ipynb" if name == "figure_cells" else template_path(name)
+
+    for module in (batch, templates): monkeypatch.setattr(module, "template_path", path_of)
     (results / "smoke/table_0_benchmark.csv").unlink()
     with pytest.raises(AttnnasError, match="1 of 2 parts failed: figure_cells failed in cell .*ZeroDivisionError"):
         reproduce("smoke", results, ["figure_cells", "table_0_benchmark"], device="cpu")
