@@ -20,7 +20,7 @@ def chance(objects: torch.Tensor) -> torch.Tensor:
     """
     return objects.flatten(1).double().mean(1)
 
-
+# %% ../../nbs/explain/03_localisation.ipynb #5d202d06
 def _check(mask: torch.Tensor, objects: torch.Tensor):
     fits = objects.ndim == mask.ndim - 1 and len(objects) == len(mask)
     if objects.dtype != torch.bool or mask.ndim not in (4, 5) or not fits:
