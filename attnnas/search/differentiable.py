@@ -23,7 +23,7 @@ from ..cells.supergraph import TALK, ConnectionWeights, Supergraph, level_nodes
 from ..networks.insertion import insert, inserted, site_shapes
 from ..networks.profile import count_flops
 from ..training.evaluation import Diverged
-from ..training.loop import Trainer, TrainingConfig, classify
+from ..training.loop import Scored, Trainer, TrainingConfig, classify
 from .base import EpochLog, SearchResult
 from .cost import expected_cost, operation_costs, training_multiply_adds
 
@@ -152,7 +152,7 @@ def search_loss(model: nn.Module, example, cost_weight: float) -> Callable:
 
     def loss(model, video, labels):
         scores, mean = classify(model, video, labels)
-        return scores, mean + cost_weight * cost()
+        return Scored(scores, mean + cost_weight * cost())
 
     return loss
 

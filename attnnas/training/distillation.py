@@ -14,12 +14,13 @@ from torch.nn import functional as F
 
 from ..core.errors import AttnnasError, choose
 from ..data.clips import to_float
+from .loop import Scored
 
 # %% ../../nbs/training/05_distillation.ipynb #dbf9fe7c
 class Distillation:
     """Compute the scores and the loss of a student that imitates a teacher.
 
-    An object is called with (model, video, labels) and gives (scores, loss), as `Trainer` asks.
+    An object is called with (model, video, labels) and gives Scored, as `Trainer` asks.
     The loss is the cross-entropy plus `weight` times the mean squared error between the outputs of
     both networks. The teacher is frozen in place. Neither optimizer nor checkpoint see it.
 
@@ -58,10 +59,9 @@ class Distillation:
                                "classes, or an at= where their outputs have one shape.")
         return scores, F.mse_loss(ours, theirs)
 
-    def __call__(self, model: nn.Module, video: torch.Tensor,
-                 labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, model: nn.Module, video: torch.Tensor, labels: torch.Tensor) -> Scored:
         scores, distance = self.compare(model, video)
-        return scores, F.cross_entropy(scores, labels) + self.weight * distance
+        return Scored(scores, F.cross_entropy(scores, labels) + self.weight * distance)
 
 # %% ../../nbs/training/05_distillation.ipynb #706fadf2
 def _run(model, x, at) -> tuple[torch.Tensor, torch.Tensor]:
