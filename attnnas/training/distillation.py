@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core.errors import AttnnasError, choose
+from ..core.options import check_number
 from ..data.clips import to_float
 from .loop import Scored
 
@@ -30,12 +31,13 @@ class Distillation:
     weight: of the mean squared error, at least 0.
     at: the module whose outputs are compared; default "", the class scores before the softmax.
     student_input: a function from the same clips to what the student reads.
-    Raises: AttnnasError for a negative weight, an unknown `at`, and outputs of different shapes.
+    Raises: AttnnasError for a weight out of range, an unknown `at`, and outputs of different
+    shapes.
     Source: Stroud et al. 2020; weight 1, other modules, and the mean over all numbers [choice].
     """
     def __init__(self, teacher: nn.Module, teacher_input: Callable, weight: float = 1.0,
                  at: str = "", student_input: Callable = to_float):
-        if weight < 0: raise AttnnasError(f"weight = {weight}: expected 0 or more.")
+        check_number("weight", weight, minimum=0)
         self.teacher = teacher.requires_grad_(False)
         self.teacher_input = teacher_input
         self.student_input = student_input

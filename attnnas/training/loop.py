@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STOPPING', 'FIRST_STEPS', 'RISEN', 'POSITION', 'TrainingConfig', 'epoch_order', 'rate', 'Interrupted', 'StopFlag',
-           'divergence', 'make_optimizer', 'Scored', 'classify', 'train_step', 'Trainer']
+           'divergence', 'make_optimizer', 'Scored', 'classify', 'train_step', 'AnotherTraining', 'Trainer']
 
 # %% ../../nbs/training/04_loop.ipynb #c03672f0
 import math
@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.errors import AttnnasError
-from ..core.options import check, option
+from ..core.options import check, differences, option, to_plain
 from ..core.seeds import generator
 from ..data.clips import read_ahead, to_float
+from ..networks.dry_run import DryRun
 from .checkpoint import load_checkpoint, save_checkpoint
 from .evaluation import Diverged, evaluate
 from .processes import ALONE, OneProcess
@@ -33,17 +34,18 @@ from .processes import ALONE, OneProcess
 @dataclass(frozen=True)
 class TrainingConfig:
     "How a network is trained. The recipe is the same for every model of a table."
-    epochs: int = option(4, "passes over the training clips", minimum=1)
-    batch_size: int = option(32, "clips a step", minimum=1)
+    epochs: int = option(4, "passes over the training clips", minimum=1, maximum=10**6)
+    batch_size: int = option(32, "clips a step", minimum=1, maximum=10**6)
     optimizer: str = option("adamw", "the update rule", choices=("adamw", "sgd"))
-    learning_rate: float = option(5e-3, "peak learning rate", minimum=0)
-    weight_decay: float = option(0.02, "weight decay (decoupled for adamw)", minimum=0)
-    momentum: float = option(0.9, "momentum, for sgd", minimum=0, when={"optimizer": ("sgd",)})
+    learning_rate: float = option(5e-3, "peak learning rate", minimum=1e-12, maximum=1e9)
+    weight_decay: float = option(0.02, "weight decay (decoupled for adamw)", minimum=0, maximum=1)
+    momentum: float = option(0.9, "momentum, for sgd", minimum=0, maximum=0.9999,
+                             when={"optimizer": ("sgd",)})
     warmup: float = option(0.1, "share of all steps in which the learning rate rises linearly",
-                           minimum=0)
-    clip_norm: float = option(2.0, "largest norm of the gradient", minimum=0)
+                           minimum=0, maximum=1)
+    clip_norm: float = option(2.0, "largest norm of the gradient; 0: any", minimum=0, maximum=1e9)
     micro_batch: int = option(0, "clips that go through the network at once, on all devices "
-                              "together; 0: a whole batch", minimum=0)
+                              "together; 0: a whole batch", minimum=0, maximum=10**6)
 
     @property
     def at_once(self) -> int:
@@ -184,7 +186,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, parts, count:
     parts: (video, labels) of this process, one for each micro-batch.
     count: the clips of the step, in all processes.
     factor: what the peak learning rates are multiplied by.
-    clip_norm: the largest norm of the gradient of the first group's parameters.
+    clip_norm: the largest norm of the gradient of the first group's parameters; 0: any.
     loss: loss(model, video, labels) gives Scored; default: `classify`.
     processes: those that share the step; default: this one alone.
     Returns: the sums of loss, hits and clips over all processes, float64 (3,), on the device.
@@ -197,7 +199,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, parts, count:
         (mean * (len(labels) / count)).backward()
         sums = sums + _sums_of(scores.detach(), mean.detach(), labels)
     processes.sum_gradients(model.parameters())
-    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip_norm)
+    if clip_norm: nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip_norm)
     optimizer.step()
     return processes.sum(sums)
 
@@ -210,6 +212,25 @@ def _sums_of(scores: torch.Tensor, mean: torch.Tensor, labels: torch.Tensor) -> 
 
 # %% ../../nbs/training/04_loop.ipynb #893d87b1
 POSITION = ("step", "history", "diverged", "start_loss", "seconds")
+
+
+class AnotherTraining(AttnnasError):
+    "Tell that a checkpoint was made for a training with other settings."
+
+
+def _shapes(tensors: dict) -> dict:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _needs_two(model: nn.Module, clips) -> bool:
+    "Tell whether the network refuses to be trained with one clip, as batch normalisation does."
+    shape = clips.batch(torch.zeros(1, dtype=torch.int64)).shape
+    with torch.random.fork_rng(devices=[]):
+        try:
+            dry = DryRun(model, training=True)
+            dry(dry.input(shape))
+        except AttnnasError as error: return "more than 1 value per channel" in str(error)
+    return False
 
 
 class Trainer:
@@ -230,7 +251,8 @@ class Trainer:
     observe: observe(model) gives a dictionary that joins each epoch's metrics; default: nothing.
     progress: progress(step, steps) is called after each step.
     processes: those that share each batch; they have the same model to begin with.
-    Raises: AttnnasError where a batch leaves a process without a clip.
+    Raises: AttnnasError where a batch leaves a process without a clip, or has a single clip with
+        which the network cannot be trained.
     """
 
     def __init__(self, model: nn.Module, clips, config: TrainingConfig = TrainingConfig(), *,
@@ -260,16 +282,20 @@ class Trainer:
         self.seconds = {"wall": 0.0, "cpu": 0.0}
         # Sums of loss, hits and clips of the current epoch.
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)
-        self._check_shares()
+        self._check_batches()
 
     def fit(self) -> list:
         """Train to the end.
 
         Returns: the history, one dictionary an epoch.
         Raises: Interrupted when asked to stop; the checkpoint is then on disk, if it has a path.
+            AttnnasError for a checkpoint that was made for another training.
         """
         if self.checkpoint and self.checkpoint.exists():
-            self.load_state_dict(load_checkpoint(self.checkpoint))
+            state = load_checkpoint(self.checkpoint)
+            try: self.load_state_dict(state)
+            except AnotherTraining as error:
+                raise AnotherTraining(f"{self.checkpoint}: {error}") from None
         self._clock = time.perf_counter(), time.process_time()
         self._saved = time.perf_counter()
         with StopFlag() as stop:
@@ -299,19 +325,36 @@ class Trainer:
             self.start_loss = (self.totals[0] / self.totals[2]).item()
         if self.progress and self.processes.rank == 0: self.progress(self.step, self.steps)
 
+    @property
+    def made_for(self) -> dict:
+        "Return what a state is good for: the same options, seed and clips."
+        peaks = [group["peak"] for group in self.optimizer.param_groups[1:]]
+        clips = {"count": len(self.clips), "fingerprint": self.clips.fingerprint}
+        return {"training": to_plain(self.config), "seed": self.seed, "own rates": peaks,
+                "clips": clips}
+
     def state_dict(self) -> dict:
         "Return all that the rest of the training depends on; every process has to ask for it."
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         random = self.processes.gather({"cpu": torch.get_rng_state(), "cuda": cuda})
         position = {name: getattr(self, name) for name in POSITION}
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "random": random, "totals": self.totals, "position": position}
+        return {"made_for": self.made_for, "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "random": random, "totals": self.totals,
+                "position": position}
 
     def load_state_dict(self, state: dict):
         """Go to where a state was taken.
 
         state: what `state_dict` gave.
+        Raises: AnotherTraining, with nothing changed, for the state of another training.
         """
+        there = state.get("made_for", {}) | {"network": _shapes(state["model"])}
+        here = self.made_for | {"network": _shapes(self.model.state_dict())}
+        unlike = list(differences(there, here))
+        if unlike:
+            told = "; ".join(unlike[:3]) + ("; and more" if len(unlike) > 3 else "")
+            raise AnotherTraining(f"The checkpoint is another training's: {told}. Give the same "
+                                  "settings, or another path; or delete it to start afresh.")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name, value in state["position"].items(): setattr(self, name, value)
@@ -339,19 +382,21 @@ class Trainer:
         for share, video in zip(shares, videos):
             yield video.to(self.device), self.clips.labels[share].to(self.device)
 
-    def _check_shares(self):
-        "Raise AttnnasError where a process would get no clip."
+    def _check_batches(self):
+        "Raise AttnnasError where a process would get no clip, or one that is too few."
         count = len(self.clips)
         batch_size = self.config.batch_size
         at_once = self.config.at_once
         sizes = {count % batch_size, min(count, batch_size)} - {0}
         smallest = [size // math.ceil(size / at_once) for size in sizes]
         fewest = min(smallest, default=self.processes.count)
-        if fewest >= self.processes.count: return
-        raise AttnnasError(
-            f"{count} clips in batches of {batch_size}, {at_once} at once, leave {fewest} for "
-            f"{self.processes.count} processes; each needs one. Choose another batch_size or "
-            "micro_batch, or fewer processes.")
+        told = f"{count} clips in batches of {batch_size}, {at_once} at once, leave {fewest} for "
+        if fewest < self.processes.count:
+            raise AttnnasError(f"{told}{self.processes.count} processes; each needs one. Choose "
+                               "another batch_size or micro_batch, or fewer processes.")
+        if fewest == 1 and _needs_two(self.model, self.clips):
+            raise AttnnasError(f"{told}one step, where batch normalisation of a single value has "
+                               "no variance. Choose another batch_size or micro_batch.")
 
     def _end_epoch(self):
         "Add an epoch to the history, and look whether the training has diverged."
