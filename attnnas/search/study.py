@@ -106,10 +106,9 @@ class Journal:
             yield file
 
     def _check_identity(self):
-        there = self.study["identity"]
-        differences = "; ".join(differences(there, self.ours["identity"]))
-        if differences:
-            raise AnotherStudy(f"The journal {self.path} is another study's: {differences}. "
+        unlike = "; ".join(differences(self.study["identity"], self.ours["identity"]))
+        if unlike:
+            raise AnotherStudy(f"The journal {self.path} is another study's: {unlike}. "
                                "Give the same settings or another journal.")
 
     def append(self, file, kind: str, value: dict):
