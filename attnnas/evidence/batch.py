@@ -68,7 +68,8 @@ def reproduce(tier: str = "quick", results="reproduced", templates=(), device: s
     store.rekey()
     failed = []
     if not rebuild:
-        shared = max(1, torch.cuda.device_count()) if setting.batch.get("share") else 1
+        all_gpus = setting.batch.get("share") and device in ("auto", "cuda")
+        shared = max(1, torch.cuda.device_count()) if all_gpus else 1
         runs = planned(setting, names)
         try: _make_runs(runs, store, workers, device, fresh, show, processes or shared)
         except AttnnasError as error: failed.append(str(error))

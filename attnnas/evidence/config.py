@@ -74,7 +74,7 @@ class RunConfig:
     insertion: Insertion = Insertion()
     training: TrainingConfig = TrainingConfig()
     seed: int = option(0, "seed of the network's weights, of the order of clips, and of a random "
-                       "cell", minimum=0)
+                       "cell", minimum=0, maximum=2**63 - 1)
 
     def __post_init__(self): check(self)
 
