@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..core.errors import AttnnasError
+from ..networks.axes import ChannelAxes
 
 # %% ../../nbs/explain/01_gradcam.ipynb #53237943
 def _modules(model: nn.Module, names: list[str]) -> list[nn.Module]:
@@ -24,15 +25,20 @@ def _modules(model: nn.Module, names: list[str]) -> list[nn.Module]:
     return [known[name] for name in names]
 
 
-def _catch(kept: dict, name: str):
-    "A forward hook that keeps the output of layer `name`."
+def _catch(kept: dict, name: str, axes: ChannelAxes):
+    "A forward hook that keeps the output of layer `name`, channels second."
     def hook(module, inputs, output):
         if name in kept: raise AttnnasError(f"Layer {name!r} runs more than once in a forward pass. Choose one that runs once.")
         if not isinstance(output, torch.Tensor) or output.ndim not in (4, 5):
             what = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
             raise AttnnasError(f"Layer {name!r} gives {what}, not a feature map (B, C, H, W) or (B, C, T, H, W).")
-        kept[name] = output
-        return output.clone()
+        axis = axes.axis(output)
+        if axis is None:
+            raise AttnnasError(f"Layer {name!r} gives {tuple(output.shape)}, and which axis holds "
+                               "the channels is not known. Choose a layer whose output is a map "
+                               "(B, C, H, W), (B, H, W, C) or one of a clip.")
+        kept[name] = output.movedim(axis, 1)
+        return kept[name].movedim(1, axis).clone()
     return hook
 
 # %% ../../nbs/explain/01_gradcam.ipynb #58ed5aa7
@@ -69,9 +75,14 @@ def gradcam(model: nn.Module, x: torch.Tensor, layers, classes=None):
     modules, kept, handles = _modules(model, names), {}, []
     modes = {module: module.training for module in model.modules()}
     try:
-        handles += [module.register_forward_hook(_catch(kept, name)) for name, module in zip(names, modules)]
+        axes = ChannelAxes()
+        for name, module in zip(names, modules):
+            handles.append(module.register_forward_hook(_catch(kept, name, axes)))
         with torch.inference_mode(False), torch.enable_grad():
-            scores = model.eval()(x.detach().clone().requires_grad_())
+            x = x.detach().clone().requires_grad_()
+            with axes:
+                axes.start(x)
+                scores = model.eval()(x)
             maps = [_maps(scores, column, kept) for column in _classes(scores, classes).T]
     finally:
         for handle in handles: handle.remove()
