@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..core.errors import AttnnasError
+from ..networks.axes import ChannelAxes
 
 # %% ../../nbs/explain/01_gradcam.ipynb #53237943
 def _modules(model: nn.Module, names: list[str]) -> list[nn.Module]:
@@ -29,8 +30,8 @@ def _what(value) -> str:
     return str(tuple(value.shape)) if torch.is_tensor(value) else type(value).__name__
 
 
-def _catch(kept: dict, name: str):
-    "A forward hook that keeps the output of layer `name`."
+def _catch(kept: dict, name: str, axes: ChannelAxes):
+    "A forward hook that keeps the output of layer `name`, channels second."
     def hook(module, inputs, output):
         if name in kept:
             raise AttnnasError(f"Layer {name!r} runs more than once in a forward pass. Choose one "
@@ -38,8 +39,13 @@ def _catch(kept: dict, name: str):
         if not torch.is_tensor(output) or output.ndim not in (4, 5):
             raise AttnnasError(f"Layer {name!r} gives {_what(output)}, not a feature map "
                                "(B, C, H, W) or (B, C, T, H, W).")
-        kept[name] = output
-        return output.clone()
+        axis = axes.axis(output)
+        if axis is None:
+            raise AttnnasError(f"Layer {name!r} gives {tuple(output.shape)}, and which axis holds "
+                               "the channels is not known. Choose a layer whose output is a map "
+                               "(B, C, H, W), (B, H, W, C) or one of a clip.")
+        kept[name] = output.movedim(axis, 1)
+        return kept[name].movedim(1, axis).clone()
     return hook
 
 # %% ../../nbs/explain/01_gradcam.ipynb #58ed5aa7
@@ -83,18 +89,22 @@ def gradcam(model: nn.Module, x: torch.Tensor, layers, classes=None):
     Source: Selvaraju et al. 2017, section 3, equations 1 and 2.
     """
     names = [layers] if isinstance(layers, str) else list(layers)
-    if not x.is_floating_point():
-        raise AttnnasError("Expected floating-point images or clips, as the model takes them, "
-                           f"got {x.dtype}.")
+    if not torch.is_tensor(x) or not x.is_floating_point():
+        raise AttnnasError("Expected one tensor of floating-point images or clips, as the model "
+                           f"takes them, got {getattr(x, 'dtype', type(x).__name__)}.")
     modules = _modules(model, names)
     modes = {module: module.training for module in model.modules()}
     kept = {}
     handles = []
     try:
+        axes = ChannelAxes()
         for name, module in zip(names, modules):
-            handles.append(module.register_forward_hook(_catch(kept, name)))
+            handles.append(module.register_forward_hook(_catch(kept, name, axes)))
         with torch.inference_mode(False), torch.enable_grad():
-            scores = model.eval()(x.detach().clone().requires_grad_())
+            x = x.detach().clone().requires_grad_()
+            with axes:
+                axes.start(x)
+                scores = model.eval()(x)
             maps = [_maps(scores, column, kept) for column in _classes(scores, classes).T]
     finally:
         for handle in handles: handle.remove()
