@@ -92,6 +92,12 @@ def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     scale: multiplies the scores.
     Returns: (..., Q, V).
     """
+    # On a CPU the kernel's gradients in float16 are 4 % off at 0.001, at 16,128 keys.
+    kernel = in_full_precision(3)(_fused) if query.device.type == "cpu" else _fused
+    return kernel(query, key, value, scale)
+
+
+def _fused(query, key, value, scale):
     q, k, v = _heads(query, key, value)
     y = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return y.reshape(*query.shape[:-1], value.shape[-1])
