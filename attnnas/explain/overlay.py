@@ -64,7 +64,7 @@ def weight_range(mask: torch.Tensor) -> str:
     mask: (1, C, h, w), or (1, C, t, h, w) on clips.
     """
     heat = mask.detach().float().mean(1)
-    return f"{heat.min():.2g} to {heat.max():.2g}"
+    return f"{heat.min():.3g} to {heat.max():.3g}"
 
 # %% ../../nbs/explain/02_overlay.ipynb #0393e10b
 def combine(masks, size: tuple[int, ...]) -> torch.Tensor:
