@@ -11,6 +11,7 @@ __all__ = ['HALF', 'ROWS', 'ELEMENTWISE', 'PATHS', 'SMALL', 'wide', 'common_type
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -49,9 +50,12 @@ def in_full_precision(count: int) -> Callable:
     Returns: a decorator; the function's result has the tensors' common type.
     """
     def decorate(function):
+        names = list(signature(function).parameters)[:count]
+
         @wraps(function)
         def call(*arguments, **options):
-            tensors = arguments[:count]
+            named = [options.pop(name) for name in names[len(arguments):]]
+            tensors = [*arguments[:count], *named]
             dtype = common_type(*tensors)
             widened = [tensor.to(wide(dtype)) for tensor in tensors]
             with no_autocast(tensors[0].device):
