@@ -1,9 +1,11 @@
 "Pictures: what they show is what they were given, and it can be read."
 import copy
+from itertools import product
 from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,9 @@ from matplotlib.text import Text
 from attnnas.cells.cell import AttentionCell
 from attnnas.core.errors import AttnnasError
 from attnnas.cells.derivation import derive, random_cell
-from attnnas.figures.attention import collect, map_overlay, query_overlay, query_weights, to_pixels
+from attnnas.evidence.tables.state_of_the_art import accuracy_against_cost
+from attnnas.evidence.tables.two_streams import STREAM_NAMES, stream_dots
+from attnnas.figures.attention import _shown, collect, map_overlay, query_overlay, query_weights, to_pixels
 from attnnas.figures.cells import COLOURS, draw_cell, draw_supergraph
 from attnnas.figures.curves import connection_curves, learning_curves, relative_entropy
 from attnnas.networks.insertion import insert
@@ -342,6 +346,60 @@ def test_the_query_is_outlined_where_it_is(shape, marks, size):
 def test_query_weights_are_drawn_times_their_number():
     image = query_overlay(VIDEO, torch.full((4, 4), 1 / 16), (0, 0, 0)).axes[0].images[1]
     assert np.allclose(np.unique(np.asarray(image.get_array())[:, :32]), 1)
+
+
+@pytest.mark.parametrize("steps", [4, 8, 16])
+@pytest.mark.parametrize("frames", [1, 2, 3, 8])
+@pytest.mark.parametrize("shape", [(), (4, 4)])
+def test_the_attended_frame_is_shown(shape, frames, steps):
+    "If this fails, the one frame that the network looks at is the one that the picture leaves out."
+    for step in range(steps):
+        weights = torch.full((steps, *shape), 0.01)
+        weights[step] = 1
+        attended = set(range(step * 16 // steps, (step + 1) * 16 // steps))
+        for asked in (None, 0, 5, 12, 15):
+            shown = _shown(VIDEO, weights, frames, asked).tolist()
+            assert attended & set(shown) and shown == sorted(set(shown))
+            assert asked is None or asked in shown
+            assert len(shown) == max(frames, 1 if asked is None or asked in attended else 2)
+
+
+def test_pictures_of_both_kinds_show_the_attended_frame():
+    weights = torch.zeros(16, 4, 4)
+    weights[14, 1, 2] = 1
+    for figure in (map_overlay(VIDEO, weights), query_overlay(VIDEO, weights, (2, 0, 0))):
+        assert "14" in [text.get_text() for text in figure.axes[1].get_xticklabels()]
+        assert np.nanmax(figure.axes[0].images[1].get_array()) >= 1
+
+
+@pytest.mark.parametrize("level", [1e-6, 0.5, 1, 300])
+def test_a_nearly_flat_map_is_not_stretched(level):
+    "If this fails, differences of a thousandth get all the colours, and look like a find."
+    weights = level * (1 + 0.001 * torch.rand(8, 4, 4))
+    image = map_overlay(VIDEO, weights).axes[0].images[1]
+    low, high = image.get_clim()
+    assert high - low > 0.2 * level and low < weights.min() and weights.max() < high
+
+
+def test_markers_of_streams_are_whole():
+    "If this fails, the markers of the first or of the last model are cut by the frame."
+    models = ["none", "cbam", "gated"]
+    lines = [{"model": model, "stream": stream, "all": 0.0, "single": 50.0, "relation": 100.0}
+             for model, stream in product(models, STREAM_NAMES)]
+    for ax in stream_dots(pd.DataFrame(lines), models).axes:
+        bottom, top = ax.get_ylim()
+        heights = [float(y) for dots in ax.collections for _, y in dots.get_offsets()]
+        assert bottom - max(heights) > 0.25 and min(heights) - top > 0.25 and bottom > top
+
+
+def test_our_own_count_is_drawn_beside_the_talks():
+    "If this fails, the picture shows the talk's cost of a cell as if it were counted here."
+    rows = pd.DataFrame({"model": ["I3D", "I3D-R50+Cell"], "views": 1, "flops_a_multiply_add": 2, "published_top1": [75.0, 80.0],
+                         "published_gflops": [1136.0, 1034.0], "multiply_adds": [568e9, 2917e9]})
+    ax, = accuracy_against_cost({"Kinetics-600": rows}, rows).axes
+    drawn = [tuple(point) for dots in ax.collections for point in dots.get_offsets().tolist()]
+    assert sorted(drawn) == [(1034, 80), (1136, 75), (5834, 80)]
+    assert any("5,834" in text.get_text() for text in ax.texts)
 
 
 # Collecting

@@ -165,3 +165,70 @@ def copy_without_pooling(graph):
 def test_errors_are_those_of_the_literal_one():
     with pytest.raises(AttnnasError, match="decided"): FusedSupergraph(12, 8, operations=level_nodes(activations="mixture"))
     with pytest.raises(AttnnasError, match="T, H, W"): FusedSupergraph(12, 8)(torch.zeros(0, 12, 2, 2, 2))
+
+
+# ---- norms in rare modes, lower precision
+
+def replaced(make):
+    def change(graph, i): graph.norms[i] = make()
+    return change
+
+
+def norm_of(attribute, value):
+    def change(graph, i): setattr(graph.norms[i], attribute, value)
+    return change
+
+
+def after_seven(graph, i):
+    graph.norms[i].momentum = None
+    graph.norms[i].num_batches_tracked.fill_(7)
+
+
+def without_statistics(graph, i): graph.norms[i].running_mean = graph.norms[i].running_var = None
+
+
+def doubled(graph, i): graph.norms[i].register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+RARE = {
+    "evaluation": lambda graph, i: graph.norms[i].eval(), "momentum": norm_of("momentum", 0.3),
+    "mean over batches": after_seven, "eps": norm_of("eps", 0.1), "no statistics": without_statistics, "hook": doubled,
+    "none": replaced(nn.Identity), "scaled": replaced(lambda: nn.BatchNorm3d(8, **double)),
+    "untracked": replaced(lambda: nn.BatchNorm3d(8, affine=False, track_running_stats=False, **double)),
+    "of places": replaced(lambda: nn.InstanceNorm3d(8, **double))}
+
+
+@pytest.mark.parametrize("which", ["stem", "one", "all"])
+@pytest.mark.parametrize("name", RARE)
+def test_norms_may_differ(name, which):
+    "If this fails, a graph with a frozen norm, or after update_bn, is silently another function than the literal one."
+    for training in (True, False):
+        pair = [graph.train(training) for graph in twins(levels=2)]
+        for graph, i in product(pair, {"stem": [0], "one": [3], "all": range(13)}[which]): RARE[name](graph, i)
+        same(*pair, clip(2, 10, 3, 4, 5))
+
+
+def test_update_bn_gives_both_the_same_statistics():
+    "If this fails, weights averaged over training cannot be tested in the fused graph."
+    loader = [clip(2, 10, 3, 4, 5), clip(3, 10, 3, 4, 5)]
+    pair = twins(levels=2)
+    for graph in pair: torch.optim.swa_utils.update_bn(loader, graph)
+    for one, other in zip(*(graph.buffers() for graph in pair)): torch.testing.assert_close(one, other)
+    assert pair[1].norms[1].num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("kind", [Supergraph, FusedSupergraph])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+def test_half_precision_is_close_to_double(kind, dtype, tolerance):
+    "If this fails, a search under autocast raises, or computes something else. Outputs and the gradient of the input."
+    for levels, activations, training in product((1, 3), ("fixed", "mixture"), (True, False)):
+        literal = twins(activations=activations, levels=levels)[0].train(training)
+        exact, slope, *_ = results(literal, clip(2, 10, 3, 4, 5))
+        single = kind(10, 8, levels, level_nodes(activations=activations), activations=activations).train(training)
+        single.load_state_dict(literal.state_dict())
+        half = copy.deepcopy(single).to(dtype)
+        x = clip(2, 10, 3, 4, 5, dtype=torch.float32)
+        with torch.autocast("cpu", dtype): both = results(single, x), results(half, x.to(dtype))
+        for y, gradient, *_ in (*both, results(half, x.to(dtype))):
+            assert (y - exact).norm() <= tolerance * exact.norm()
+            assert (gradient - slope).norm() <= 4 * tolerance * slope.norm()

@@ -98,6 +98,57 @@ def test_half_precision_sums_over_tiles_in_float32(activation, small_tiles):
     torch.testing.assert_close(y.float(), activate(torch.ones(1, 1, 1), activation), atol=4e-3, rtol=0)
 
 
+LONG = 16_128  # positions of a clip of 64 frames at res4
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)])
+@pytest.mark.parametrize("activation,path", [*EVERY, ("mixture", "materialised"), ("mixture", "chunked")])
+def test_half_precision_of_many_keys(activation, path, dtype, tolerance):
+    "If this fails, sums over keys overflow, or gradients divided by the keys vanish: each is as good as rounding it once."
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64) if activation == "mixture" else activation
+    q, k, v = (clip(1, n, 4, seed=i).to(dtype) for i, n in enumerate((5, LONG, LONG)))
+    slope = clip(1, 5, 4, seed=7)
+    for size in (1, 1e-3, 1e-4):
+        def run(*tensors, path=path):
+            tensors = [t.requires_grad_() for t in tensors]
+            y = attend(*tensors, weights, path=path)
+            return y, *torch.autograd.grad(y, tensors, (slope * size).to(dtype).to(y))
+        exact = run(*(t.double() for t in (q, k, v + 3)), path="materialised")
+        for one, other in zip(run(q.clone(), k.clone(), v + 3), exact):
+            rounded = (other.to(dtype).double() - other).norm()
+            assert one.dtype == dtype and (one.double() - other).norm() <= 2 * rounded + tolerance * other.norm()
+
+
+@pytest.mark.parametrize("activation,path", [*EVERY, ("mixture", "chunked")])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_autocast_does_not_reach_the_products(activation, path, dtype):
+    "If this fails, autocast rounds inside of attention, or a backward pass inside of it raises. Inputs of two types do not."
+    weights = torch.full((4,), 0.25) if activation == "mixture" else activation
+    tensors = [t.requires_grad_() for t in inputs((2,), 30, 20, 4, 4, torch.float32)]
+    expected = gradients(lambda *a: attend(*a, weights, path=path), tensors)
+    with torch.autocast("cpu", dtype):
+        for one, other in zip(gradients(lambda *a: attend(*a, weights, path=path), tensors), expected):
+            torch.testing.assert_close(one, other, atol=0.05, rtol=0)
+        y = attend(tensors[0].to(dtype), *tensors[1:], weights, path=path)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, expected[0], atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("window", [0, 1, 4])
+@pytest.mark.parametrize("activation", [*SCALINGS, "mixture"])
+def test_gradients_of_a_window(activation, window):
+    "If this fails, local attention trains to NaN: what lies outside of the window has no part in any gradient."
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        mixture = [torch.tensor([3.0, 0.2, 0.3, 0.4], dtype=dtype).requires_grad_()] if activation == "mixture" else []
+        tensors = [t.requires_grad_() for t in inputs((2,), 6, 9, 3, 3, dtype)]
+        y = attend(*tensors, local(window, mixture[0] if mixture else activation))
+        assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), [*tensors, *mixture]))
+        if dtype == torch.float64 and activation != "hard":
+            call = lambda q, k, v, *m: attend(q, k, v, local(window, m[0] if m else activation))
+            assert torch.autograd.gradcheck(call, (*tensors, *mixture), fast_mode=True)
+
+
 def test_inputs_are_left_alone():
     "If this fails, an activation in place wrote into what the caller still needs."
     tensors = inputs((1,), 600, 550, 4, 4, grad=True)

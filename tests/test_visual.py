@@ -342,6 +342,16 @@ def test_no_map_is_left_unscaled_in_the_table(factor):
     np.testing.assert_allclose(drawn[0], drawn[1], atol=0.02)      # one step of the colour map, from rounding
 
 
+def test_a_flat_mask_stays_grey():
+    "If this fails, a gate that weighs all positions alike gets all the colours, and looks like a find."
+    image, noise = torch.rand(3, 32, 32), torch.rand(1, 1, 4, 4)
+    grey = image.mean(0)[..., None].expand(-1, -1, 3).numpy()
+    rows = {"flat": {stage: 0.98 + 0.001 * noise for stage in STAGES}, "constant": {stage: 0 * noise + 0.3 for stage in STAGES}}
+    figure = attention_table(image, rows)
+    for axis in figure.axes: np.testing.assert_allclose(axis.get_images()[0].get_array(), grey, atol=0.01)
+    assert figure.axes[0].get_xlabel() == "0.98 to 0.981" and figure.axes[4].get_xlabel() == "0.3 to 0.3"
+
+
 # ---- in networks
 
 @pytest.mark.parametrize("video", [False, True])

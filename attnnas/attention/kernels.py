@@ -11,6 +11,7 @@ __all__ = ['HALF', 'ROWS', 'ELEMENTWISE', 'PATHS', 'SMALL', 'wide', 'common_type
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -49,9 +50,12 @@ def in_full_precision(count: int) -> Callable:
     Returns: a decorator; the function's result has the tensors' common type.
     """
     def decorate(function):
+        names = list(signature(function).parameters)[:count]
+
         @wraps(function)
         def call(*arguments, **options):
-            tensors = arguments[:count]
+            named = [options.pop(name) for name in names[len(arguments):]]
+            tensors = [*arguments[:count], *named]
             dtype = common_type(*tensors)
             widened = [tensor.to(wide(dtype)) for tensor in tensors]
             with no_autocast(tensors[0].device):
@@ -92,6 +96,12 @@ def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     scale: multiplies the scores.
     Returns: (..., Q, V).
     """
+    # On a CPU the kernel's gradients in float16 are 4 % off at 0.001, at 16,128 keys.
+    kernel = in_full_precision(3)(_fused) if query.device.type == "cpu" else _fused
+    return kernel(query, key, value, scale)
+
+
+def _fused(query, key, value, scale):
     q, k, v = _heads(query, key, value)
     y = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return y.reshape(*query.shape[:-1], value.shape[-1])

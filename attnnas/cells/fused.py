@@ -32,10 +32,14 @@ def project(f_in: torch.Tensor, layers, nodes: int) -> torch.Tensor:
 # %% ../../nbs/cells/06_fused.ipynb #a847304b
 def are_alike(norms) -> bool:
     "Tell whether one batch norm can do what some norms do, which are as `standardise` makes them."
-    if any(type(norm) is not nn.BatchNorm3d or norm.affine for norm in norms): return False
-    settings = {(n.training, n.momentum, n.eps, n.track_running_stats) for n in norms}
-    _, momentum, _, tracks = settings.pop()
-    return not settings and tracks and momentum is not None
+    if not all(_is_usual(norm) for norm in norms): return False
+    return len({(norm.training, norm.momentum, norm.eps) for norm in norms}) == 1
+
+
+def _is_usual(norm) -> bool:
+    if type(norm) is not nn.BatchNorm3d or norm.affine: return False
+    has_hooks = norm._forward_hooks or norm._forward_pre_hooks
+    return norm.running_mean is not None and norm.momentum is not None and not has_hooks
 
 
 def standardise_together(f: torch.Tensor, norms, clip) -> torch.Tensor:

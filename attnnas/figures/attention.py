@@ -93,22 +93,37 @@ def to_pixels(weights: Tensor, shape) -> Tensor:
     return F.interpolate(grid, tuple(shape), mode="nearest-exact")[0, 0]
 
 # %% ../../nbs/figures/03_attention.ipynb #d62a50d7
-def _shown(video: Tensor, count: int, wanted: int | None = None) -> Tensor:
+def _cell(pixel: int, size: int, cells: int) -> int:
+    "Return the cell in which a pixel's centre lies, where `cells` share an axis of `size` pixels."
+    return (2 * pixel + 1) * cells // (2 * size)
+
+
+def _shown(video: Tensor, weights: Tensor, count: int, query: int | None = None) -> Tensor:
     """Choose frames of a clip to draw.
 
     video: (3, T, H, W).
-    count: how many frames.
-    wanted: a frame that must be among them; it replaces the nearest one.
-    Returns: the frames' numbers, evenly spread.
-    Raises: AttnnasError for video of another shape.
+    weights: (T'), (H', W') or (T', H', W'); a frame with the highest of them is shown.
+    count: how many frames; one more where the query's takes the only place.
+    query: a frame that is shown, too.
+    Returns: the frames' numbers, else evenly spread.
+    Raises: AttnnasError for video or weights of another shape.
     """
     if video.ndim != 4 or len(video) != 3:
         raise AttnnasError(f"video has shape {tuple(video.shape)}; expected one clip (3, T, H, W).")
     frames = video.shape[1]
+    by_step = _grid(weights).abs().flatten(1).amax(1)
+    steps = len(by_step)
+    kept = [] if query is None else [query]
     count = min(frames, count)
-    shown = ((torch.arange(count) + .5) * frames / count).long()
-    if wanted is not None: shown[wanted * count // frames] = wanted
-    return shown
+    shown = ((torch.arange(count) + .5) * frames / count).long().tolist()
+    if kept: shown[query * count // frames] = query
+    seen = [by_step[_cell(frame, frames, steps)] for frame in shown]
+    if max(seen) == by_step.max(): return torch.tensor(shown)
+    highest = (2 * by_step.argmax().item() + 1) * frames // (2 * steps)
+    if highest in shown: return torch.tensor(shown)
+    others = [frame for frame in shown if frame not in kept]
+    if others: shown.remove(min(others, key=lambda frame: abs(frame - highest)))
+    return torch.tensor(sorted([*shown, highest]))
 
 
 def _sheet(frames: Tensor, between: float):
@@ -126,13 +141,15 @@ def _scale(weights: Tensor):
     from matplotlib.colors import ListedColormap, Normalize
     low = weights.min().item()
     high = weights.max().item()
+    least = high / 4 or 1  # the smallest span of a scale
     if low < 0:
         high = max(-low, high)
         low = -high
-    elif low == high:
-        high = low + .5
-        low = low - .5
-    # Equal weights below one half also end here with a limit below zero.
+    elif high - low < least:
+        middle = (low + high) / 2
+        low = middle - least / 2
+        high = middle + least / 2
+    # Weights that are all zero also end here with a limit below zero.
     name = "PuOr_r" if low < 0 else "plasma"
     opacity = torch.linspace(-1, 1, 256).abs() if low < 0 else torch.linspace(0, 1, 256)
     colours = colormaps[name](torch.linspace(0, 1, 256).numpy())
@@ -207,7 +224,7 @@ def map_overlay(video: Tensor, weights: Tensor, units: str = "weight", frames: i
     Returns: the Figure.
     Raises: AttnnasError for other shapes.
     """
-    return _overlay(video, weights, units, _shown(video, frames), title)[0]
+    return _overlay(video, weights, units, _shown(video, weights, frames), title)[0]
 
 # %% ../../nbs/figures/03_attention.ipynb #3512d0c9
 def _check(query, video: Tensor):
@@ -215,11 +232,6 @@ def _check(query, video: Tensor):
     if len(query) != 3 or not all(0 <= q < size for q, size in zip(query, video.shape[1:])):
         raise AttnnasError(f"query {tuple(query)} lies outside the clip; "
                            f"expected (t, y, x) below {tuple(video.shape[1:])}.")
-
-
-def _cell(pixel: int, size: int, cells: int) -> int:
-    "Return the cell in which a pixel's centre lies, where `cells` share an axis of `size` pixels."
-    return (2 * pixel + 1) * cells // (2 * size)
 
 # %% ../../nbs/figures/03_attention.ipynb #70473619
 def query_weights(operation: nn.Module, x: Tensor, query: tuple[int, int, int],
@@ -261,7 +273,7 @@ def query_overlay(video: Tensor, weights: Tensor, query: tuple[int, int, int], f
     """
     from matplotlib.patches import Rectangle
     _check(query, video)
-    shown = _shown(video, frames, query[0])
+    shown = _shown(video, weights, frames, query[0])
     grid = _grid(weights)
     high, wide = video.shape[2:]
     figure, ax = _overlay(video, weights * weights.numel(), "weight × P", shown, title)

@@ -172,6 +172,8 @@ def cost_in_one_convention(frame, talk):
 def accuracy_against_cost(halves: dict, talk):
     """Draw published accuracy over cost, a panel a data set; rows with cells stand out.
 
+    A hollow marker is our own count of the same row, where it is more than 1 % off the talk's cost.
+
     halves: {title: rows, as `counted_rows` returns them}.
     talk: rows with the talk's costs.
     Returns: the Figure.
@@ -183,6 +185,13 @@ def accuracy_against_cost(halves: dict, talk):
         cost = cost_in_one_convention(frame, talk)
         colours = ["C1" if "Cell" in name else "C0" for name in frame.model]
         ax.scatter(cost, frame.published_top1, c=colours, s=26)
+        counted = 2 * frame.multiply_adds / 1e9
+        for x, own, y, colour in zip(cost, counted, frame.published_top1, colours):
+            if abs(own / x - 1) <= 0.01: continue
+            ax.plot([x, own], [y, y], ":", color=colour, linewidth=1)
+            ax.scatter(own, y, s=26, facecolors="none", edgecolors=colour)
+            ax.annotate(f"our cell: {own:,.0f}", (own, y), (0, -11), ha="center",
+                        textcoords="offset points", fontsize=7)
         for x, y, name in zip(cost, frame.published_top1, frame.model):
             ax.annotate(name, (x, y), (4, 3), textcoords="offset points", fontsize=7)
         ax.set(xscale="log", title=title, xlabel="GFLOPs (2 x MAC, one view)",

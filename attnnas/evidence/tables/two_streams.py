@@ -14,7 +14,7 @@ from ...data.clips import to_float
 from ..run import load_model
 from ..store import Store
 from .statistics import mean_sd, number, plus_minus
-from ...explain.overlay import overlay, scaled, to_heat
+from ...explain.overlay import overlay, shaded, to_heat, weight_range
 from ...training.evaluation import score
 
 # %% ../../../nbs/evidence/tables/12_two_streams.ipynb #db2253f1
@@ -125,7 +125,8 @@ def stream_dots(streams, models: list):
         ax.set(title=titles[kind], xlabel="test top-1 (%)")
         ax.grid(axis="x", alpha=.3)
     axes[0].set_yticks(range(len(models)), models)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(models) - .5, -.5)  # all markers whole, the first model above
+    axes[0].margins(x=.08)
     axes[2].legend(fontsize=8)
     return figure
 
@@ -159,12 +160,12 @@ def flow_heatmaps(model, video, actor):
     figure, axes = plt.subplots(len(masks), count, figsize=size, squeeze=False,
                                 layout="constrained")
     for line, (stage, mask) in zip(axes, masks.items()):
-        heat = scaled(to_heat(mask, (count, *video.shape[2:])))[0]
+        heat = shaded(to_heat(mask, (count, *video.shape[2:])))[0]
         for t, ax in enumerate(line):
             ax.imshow(overlay(video[:3, t * stack], heat[t]).numpy(), interpolation="nearest")
             shown = actor[t * stack]
             if shown.any(): ax.contour(shown, levels=[.5], colors="w", linewidths=1)
             title = f"frames {t * stack} to {t * stack + stack - 1}" if stage == "early" else ""
             ax.set(xticks=[], yticks=[], title=title)
-        line[0].set_ylabel(stage)
+        line[0].set_ylabel(f"{stage}\n{weight_range(mask)}")
     return figure
