@@ -46,6 +46,21 @@ def test_show_a_genotype_file(made, capsys):
     assert code == 0 and CellSpec.load(made / "cell.json").hash in out
 
 
+def test_show_takes_a_copied_record_and_refuses_what_is_none(made, tmp_path, capsys):
+    "If this fails, a record that was mailed cannot be read, or JSON of another kind ends in a traceback."
+    record = next(made.glob("runs/*/record.json"))
+    values = json.loads(record.read_text())
+    copied = tmp_path / "mailed.json"
+    copied.write_text(record.read_text())
+    assert attnnas(capsys, "show", copied)[0] == 0
+    lacking = {name: value for name, value in values.items() if name != "data"}
+    for other in ([], 1, "text", {}, {"classes": ["a"]}, {"schema_version": 1}, lacking,
+                  values | {"data": None}, values | {"history": 3}, values | {"seconds": {}}):
+        copied.write_text(json.dumps(other))
+        code, _, err = attnnas(capsys, "show", copied)
+        assert code == 2 and "mailed.json" in err, other
+
+
 def test_lists(capsys):
     for what, some, count in (("models", "i3d_small", None), ("operations", "temporal dot-product relu", 24),
                               ("templates", "table_1_nonlocal", None), ("tiers", "smoke", None)):

@@ -105,7 +105,7 @@ def on_cpu(model, shape, dtype=torch.float32):
     "FLOPs of a real pass on the CPU; PyTorch's counter has to be told of the CPU's fused kernel."
     def attention(query, key, value, *rest, **options):
         return 2 * (prod(query) * key[-2] + prod(query[:-1]) * prod(value[-2:]))
-    known = module._IN_PLACE | {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    known = module._FORMULAS | {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=known) as counter:
         model.eval()(torch.rand(shape, dtype=dtype))
     return counter.get_total_flops()

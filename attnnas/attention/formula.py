@@ -17,10 +17,16 @@ from . import kernels
 from ..core.errors import AttnnasError, choose
 
 # %% ../../nbs/attention/03_formula.ipynb #9dc93a94
+def _softmax(scores: torch.Tensor) -> torch.Tensor:
+    # Half precision is too coarse for one in thousands, before it is multiplied by P.
+    ordinary = scores.softmax(-1, dtype=kernels.wide(scores.dtype))
+    return (ordinary * scores.shape[-1]).to(scores.dtype)
+
+
 SCALINGS = {
     "none": lambda scores: scores,
     "relu": torch.relu,
-    "softmax": lambda scores: scores.softmax(-1) * scores.shape[-1],
+    "softmax": _softmax,
     "sigmoid": torch.sigmoid,
 }
 ACTIVATIONS = tuple(SCALINGS)
@@ -69,10 +75,13 @@ def local(window: int, activation="softmax") -> Callable:
     def scaling(scores: torch.Tensor) -> torch.Tensor:
         queries, keys = (torch.arange(n, device=scores.device) for n in scores.shape[-2:])
         far = (queries[:, None] * len(keys) // len(queries) - keys).abs() > window
-        return activate(scores.masked_fill(far, -torch.inf), activation).masked_fill(far, 0)
+        # Not minus infinity: zero times that, in the gradient of a mixture, is NaN.
+        lowest = torch.finfo(scores.dtype).min
+        return activate(scores.masked_fill(far, lowest), activation).masked_fill(far, 0)
     return scaling
 
 # %% ../../nbs/attention/03_formula.ipynb #d7e362d0
+@kernels.in_full_precision(2)
 def attention_weights(query: torch.Tensor, key: torch.Tensor, activation="softmax",
                       scale: float | None = None) -> torch.Tensor:
     """Compute the weights that queries give to keys: p(scale * query . key) / P.
@@ -123,22 +132,29 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, activati
     check_sizes(query, key, value)
     if isinstance(activation, str): choose(activation, SCALINGS, "activation")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-
-    def literal(rows):
-        return _materialised(rows, key, value, activation, scale)
-
-    if callable(activation) or activation == "hard": return literal(query)
+    dtype = kernels.common_type(query, key, value)
+    tensors = [tensor.to(dtype) for tensor in (query, key, value)]
+    if callable(activation) or activation == "hard":
+        return _materialised(*tensors, activation, scale)
     kernels.check_path(path, activation)
-    if path == "auto": path = kernels.best_path(query, key, value, activation)
-    if path == "materialised": return literal(query)
-    if path == "fused": return kernels.fused(query, key, value, scale)
-    if path == "associative": return kernels.associative(query, key, value, scale)
-    if path == "triton": return kernels.triton(query, key, value, activation, scale)
-    if not isinstance(activation, str): return kernels.mixed(query, key, value, activation, scale)
-    if activation in kernels.ELEMENTWISE: return kernels.tiled(query, key, value, activation, scale)
-    return kernels.by_rows(literal, query, key.shape[-2])
+    if path == "auto": path = kernels.best_path(*tensors, activation)
+    if path == "materialised": return _materialised(*tensors, activation, scale)
+    if path == "fused": return kernels.fused(*tensors, scale)
+    if path == "associative": return kernels.associative(*tensors, scale)
+    if path == "triton": return kernels.triton(*tensors, activation, scale)
+    if not isinstance(activation, str): return kernels.mixed(*tensors, activation, scale)
+    if activation in kernels.ELEMENTWISE: return kernels.tiled(*tensors, activation, scale)
+    return _by_rows(*tensors, activation, scale)
 
 
+@kernels.in_full_precision(3)
+def _by_rows(query, key, value, activation, scale):
+    def some(rows): return _materialised(rows, key, value, activation, scale)
+
+    return kernels.by_rows(some, query, key.shape[-2])
+
+
+@kernels.in_full_precision(3)
 def _materialised(query, key, value, activation, scale):
     "Compute attention_weights(...) @ value, with the division by P where it is cheapest."
     scores = (query * scale) @ key.transpose(-2, -1)
@@ -182,6 +198,12 @@ class Additive(nn.Module):
         return self.score(compared.tanh()).squeeze(-1)
 
 # %% ../../nbs/attention/03_formula.ipynb #b3dd719e
+@kernels.in_full_precision(2)
+def _weigh(scores, value, activation):
+    "Apply the weights of given scores (..., Q, P) to the values (..., P, V)."
+    return activate(scores, activation) / scores.shape[-1] @ value
+
+
 PREPARATIONS = {
     "dot": lambda q, k: (q, k),
     "scaled dot": lambda q, k: (q * q.shape[-1] ** -0.5, k),
@@ -236,7 +258,8 @@ class Attention(nn.Module):
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                 path: str = "auto") -> torch.Tensor:
         check_sizes(query, key, value, same_features=False)
-        if self.compatibility == "additive": return self.weights(query, key) @ value
+        if self.compatibility == "additive":
+            return _weigh(self.compare(query, key), value, self.scaling)
         return attend(*self.compare(query, key), value, self.scaling, 1.0, path)
 
     def extra_repr(self): return f"{self.compatibility}, {self.scaling}"

@@ -84,7 +84,8 @@ def _list(args): print(*LISTS[args.what](args), sep="\n")
 def _show(args):
     path = _file(args.what, args.results)
     values = read_json(path)
-    cells = {"": CellSpec.load(path)} if "operations" in values else _show_run(RunRecord.load(path))
+    is_cell = isinstance(values, dict) and "operations" in values
+    cells = {"": CellSpec.load(path)} if is_cell else _show_run(RunRecord.load(path))
     for site, cell in cells.items(): print(f"{site}cell {cell.hash}, width {cell.width}: {cell}")
     if not args.picture or not cells: return
     draw_cell(next(iter(cells.values()))).savefig(args.picture, dpi=150, bbox_inches="tight")

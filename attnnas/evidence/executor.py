@@ -30,6 +30,7 @@ from ..core.system import core_count
 from .config import RunConfig
 from .run import key_of, run
 from .store import RunRecord, Store
+from ..training.loop import Interrupted
 from ..training.processes import launch_command, processes, shared_device
 
 # %% ../../nbs/evidence/06_executor.ipynb #d1338e76
@@ -78,8 +79,10 @@ def _work(key: str, config: RunConfig, folder, device: str, count: int) -> RunRe
         if due or step == steps: _messages.put((key, step, steps, now - started))
         if due: told = now
 
-    if count == 1: return run(config, Store(folder), device, progress)
-    return _run_shared(key, config, Store(folder), device, count, progress)
+    try:
+        if count == 1: return run(config, Store(folder), device, progress)
+        return _run_shared(key, config, Store(folder), device, count, progress)
+    except Interrupted: os._exit(0)  # a pool that is broken would wait for this process for ever
 
 # %% ../../nbs/evidence/06_executor.ipynb #73ee661c
 def _run_shared(key: str, config: RunConfig, store: Store, device: str, count: int,
@@ -92,7 +95,13 @@ def _run_shared(key: str, config: RunConfig, store: Store, device: str, count: i
     with open(log, "w") as errors:
         child = subprocess.Popen(launch_command(count, arguments), stdin=subprocess.PIPE,
                                  stdout=subprocess.PIPE, stderr=errors, text=True)
-    before = signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
+    asked = []
+
+    def stop(number, frame):
+        asked.append(number)
+        child.terminate()
+
+    before = signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=_end_with, args=(child,), daemon=True).start()
     failed = None
     for told in map(_read_line, child.stdout):
@@ -100,6 +109,7 @@ def _run_shared(key: str, config: RunConfig, store: Store, device: str, count: i
         failed = failed or told.get("error")
     ended = child.wait()
     signal.signal(signal.SIGTERM, before)
+    if asked: raise Interrupted(f"{config.label} was asked to stop")
     if ended:
         raise AttnnasError(failed or f"one of {count} processes failed or was killed; see {log}. "
                            "The same command continues")
@@ -277,10 +287,18 @@ def _make_all(waiting: dict, store: Store, workers: int, device: str, show: bool
             for process in multiprocessing.active_children(): process.terminate()
             raise
         finally:
-            pool.shutdown(cancel_futures=True)
             progress.bar.close()
+            _shut_down(pool)
 
 # %% ../../nbs/evidence/06_executor.ipynb #57ce9a92
+def _shut_down(pool):
+    "Wait for the workers, which may be writing a checkpoint; a second Ctrl-C ends the wait."
+    try: pool.shutdown(cancel_futures=True)
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children(): process.kill()
+        raise
+
+
 class _Schedule:
     """Which runs wait, are under way, are made and have failed; a run starts when its search has
     ended.

@@ -24,14 +24,18 @@ from ..core.errors import AttnnasError, choose
 
 # %% ../../nbs/networks/06_frames.ipynb #45d85d01
 class PerFrame(nn.Module):
-    "A module for images, on every frame of a clip: (B, C, T, H, W) -> (B, C', T, H', W')."
+    """Apply a module for images to every frame of a clip: (B, C, T, H, W) -> (B, C', T, H', W').
+
+    module: maps (N, C, H, W) to (N, C', H', W').
+    """
     def __init__(self, module: nn.Module):
         super().__init__()
         self.module = module
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         frames = x.transpose(1, 2)
-        return self.module(frames.flatten(0, 1).contiguous()).unflatten(0, frames.shape[:2]).transpose(1, 2)
+        made = self.module(frames.flatten(0, 1).contiguous())
+        return made.unflatten(0, frames.shape[:2]).transpose(1, 2)
 
 # %% ../../nbs/networks/06_frames.ipynb #a807e9b0
 LARGEST = 224  # the side of an image that every network of timm takes
@@ -90,7 +94,8 @@ def _image_network(backbone: str, in_channels: int) -> nn.Module:
     if not timm.is_model(backbone):
         near = difflib.get_close_matches(str(backbone), timm.list_models(), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise AttnnasError(f"Unknown image network {backbone!r}.{hint} timm.list_models() lists them.")
+        raise AttnnasError(f"Unknown image network {backbone!r}.{hint} "
+                           "timm.list_models() lists them.")
     net = timm.create_model(backbone, pretrained=False, num_classes=0, in_chans=in_channels)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d) and module.affine: nn.init.ones_(module.weight)
@@ -99,88 +104,127 @@ def _image_network(backbone: str, in_channels: int) -> nn.Module:
 
 def _per_frame(part: nn.Module) -> nn.Module:
     if type(part) is not nn.Sequential: return PerFrame(part)
-    return nn.Sequential(OrderedDict((name, PerFrame(block)) for name, block in part.named_children()))
+    blocks = ((name, PerFrame(block)) for name, block in part.named_children())
+    return nn.Sequential(OrderedDict(blocks))
 
 # %% ../../nbs/networks/06_frames.ipynb #43417743
 def super_images(x: torch.Tensor, stack: int) -> torch.Tensor:
-    """Stack every `stack` consecutive frames along channels: (B, C, T, H, W) -> (B, stack * C, T // stack, H, W).
+    """Stack every `stack` consecutive frames along channels.
 
-    Channels are frame 1's, then frame 2's, ...; frames behind the last whole stack are left out.
+    x: (B, C, T, H, W).
+    stack: frames in an image.
+    Returns: (B, stack * C, T // stack, H, W). Its channels are frame 1's, then frame 2's, and so
+        on. Frames behind the last whole stack are left out.
     """
     count = x.shape[2] // stack
-    return x[:, :, :count * stack].unflatten(2, (count, stack)).movedim(3, 1).flatten(1, 2)
+    stacks = x[:, :, :count * stack].unflatten(2, (count, stack))
+    return stacks.movedim(3, 1).flatten(1, 2)
 
 # %% ../../nbs/networks/06_frames.ipynb #487c8fff
 class FrameNetwork(Backbone):
-    """A timm network on every frame, for a subclass to combine: (B, in_channels, T, H, W) -> (B, num_classes).
+    """Apply a timm network to every frame; a subclass combines what it gives.
 
-    `backbone`: a timm network whose top parts are a chain, with random weights and without its own head; `stack`: how
-    many frames make one image (`super_images`); `dropout` of the features [choice: none]. Attributes: Backbone's,
-    `trunk`, `channels` (part of it -> channels), `width` (of the last). Batch norm cannot train on one value, so that
-    the smallest clip has two images. Raises: AttnnasError for a network that timm does not have or that is no chain.
+    backbone: a timm network whose top parts are a chain. It gets random weights, and its own head
+        is left out.
+    clip: (T, H, W) of the clips that the network was published with.
+    in_channels: channels of a clip.
+    stack: how many frames make one image, as in `super_images`.
+    dropout: of the features [choice: none].
+    Attributes: Backbone's; `trunk`; `channels`, part of it -> channels; `width`, of the last part.
+        Batch norm cannot train on one value, so that the smallest clip has two images.
+    Raises: AttnnasError for a network that timm does not have or that is no chain.
     """
-    def __init__(self, backbone: str, clip: tuple[int, int, int], in_channels: int = 3, stack: int = 1,
-                 dropout: float = 0.0):
+    def __init__(self, backbone: str, clip: tuple[int, int, int], in_channels: int = 3,
+                 stack: int = 1, dropout: float = 0.0):
         net = _image_network(backbone, in_channels * stack)
         channels, side = _chain(net, in_channels * stack)
-        trunk = nn.Sequential(OrderedDict((name, _per_frame(getattr(net, name))) for name in channels))
-        parts = dict(trunk.named_modules())
+        parts = OrderedDict((name, _per_frame(getattr(net, name))) for name in channels)
+        trunk = nn.Sequential(parts)
+        known = dict(trunk.named_modules())
         stages = [info["module"] for info in net.feature_info if info["reduction"] >= 8]
-        sites = [f"trunk.{name}" for name in stages if name in parts]
+        sites = [f"trunk.{name}" for name in stages if name in known]
         super().__init__(in_channels, clip, (2 * stack, side, side), sites)
-        self.stack, self.channels, self.width = stack, channels, list(channels.values())[-1]
-        self.trunk, self.dropout = trunk, nn.Dropout(dropout)
+        self.stack = stack
+        self.channels = channels
+        self.width = list(channels.values())[-1]
+        self.trunk = trunk
+        self.dropout = nn.Dropout(dropout)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        "Features of the T // stack images, averaged over their positions: (B, T // stack, width)."
-        return self.dropout(self.trunk(super_images(x, self.stack)).mean((3, 4)).transpose(1, 2))
+        """Compute the features of the images, averaged over their positions.
+
+        x: (B, in_channels, T, H, W).
+        Returns: (B, T // stack, width).
+        """
+        maps = self.trunk(super_images(x, self.stack))
+        return self.dropout(maps.mean((3, 4)).transpose(1, 2))
 
 # %% ../../nbs/networks/06_frames.ipynb #4b47d4a4
 def image_name(name: str) -> str:
-    "timm's name of a tensor of a FrameNetwork's trunk: trunk.layer1.0.module.conv1.weight -> layer1.0.conv1.weight."
+    """Give timm's name of a tensor of a FrameNetwork's trunk.
+
+    name: such as "trunk.layer1.0.module.conv1.weight", which is "layer1.0.conv1.weight" in timm.
+    """
     return name.removeprefix("trunk.").replace(".module.", ".")
 
 # %% ../../nbs/networks/06_frames.ipynb #98077fd3
 class FrameAverage(FrameNetwork):
-    """Class scores of every frame, averaged: (B, in_channels, T, H, W) -> (B, num_classes); any T from 2 * stack on.
+    """Average the class scores of all images: (B, in_channels, T, H, W) -> (B, num_classes).
 
-    Options of FrameNetwork. Source: Wang et al. 2016 (TSN), section 3.1, average consensus of scores before softmax.
+    It takes any T from 2 * stack on.
+
+    num_classes: classes.
+    backbone, clip, options: as in FrameNetwork.
+    Source: Wang et al. 2016 (TSN), section 3.1, average consensus of scores before softmax.
     """
     def __init__(self, num_classes: int, backbone: str, clip: tuple[int, int, int], **options):
         super().__init__(backbone, clip, **options)
         self.head = nn.Linear(self.width, num_classes)
 
     def frame_scores(self, x: torch.Tensor) -> torch.Tensor:
-        "Class scores of every image: (B, T // stack, num_classes)."
+        "Compute the class scores of every image: (B, T // stack, num_classes)."
         return self.head(self.features(x))
 
     def scores(self, x: torch.Tensor) -> torch.Tensor: return self.frame_scores(x).mean(1)
 
 # %% ../../nbs/networks/06_frames.ipynb #5dcdca8a
 class Relations(nn.Module):
-    """Multi-scale temporal relations of T = `frames` features: (B, T, width) -> scores (B, num_classes).
+    """Sum the temporal relations of all scales: features (B, T, width) -> scores (B, num_classes).
 
-    g = ReLU, linear to `hidden`, ReLU; h = linear; of their own for each scale 2..T. Training takes `tuples` random
-    tuples of each scale (torch's global generator), evaluation the expected value.
+    g = ReLU, linear to `hidden`, ReLU; h = linear. Each scale 2..T has its own. Training takes
+    random tuples of each scale (torch's global generator), evaluation the expected value.
+
+    frames: T.
+    width: of a frame's feature.
+    num_classes: classes.
+    hidden: width between g and h.
+    tuples: how many of each scale training draws.
     Raises: AttnnasError for frames outside 2..12.
-    Source: Zhou et al. 2018, sections 3.1 and 3.2; the layers of g and h, and 3 tuples, as in its authors' code.
+    Source: Zhou et al. 2018, sections 3.1 and 3.2; the layers of g and h, and 3 tuples, as in its
+        authors' code.
     """
-    def __init__(self, frames: int, width: int, num_classes: int, hidden: int = 256, tuples: int = 3):
+    def __init__(self, frames: int, width: int, num_classes: int, hidden: int = 256,
+                 tuples: int = 3):
         super().__init__()
         if not 2 <= frames <= 12:
-            raise AttnnasError(f"TRN relates 2 to 12 frames, as they have 2**frames tuples, got frames={frames}.")
-        self.tuples, self.scales = tuples, range(2, frames + 1)
+            raise AttnnasError("TRN relates 2 to 12 frames, as they have 2**frames tuples, "
+                               f"got frames={frames}.")
+        self.tuples = tuples
+        self.scales = range(2, frames + 1)
         for k in self.scales:
-            self.add_module(f"scale{k}", nn.Sequential(nn.ReLU(), nn.Linear(k * width, hidden),
-                                                       nn.ReLU(), nn.Linear(hidden, num_classes)))
+            relation = nn.Sequential(nn.ReLU(), nn.Linear(k * width, hidden),
+                                     nn.ReLU(), nn.Linear(hidden, num_classes))
+            self.add_module(f"scale{k}", relation)
             every = torch.tensor(list(itertools.combinations(range(frames), k)))
             self.register_buffer(f"tuples{k}", every, persistent=False)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        parts = ((getattr(self, f"scale{k}"), getattr(self, f"tuples{k}")) for k in self.scales)
-        return sum(self._relation(features, network, every) for network, every in parts)
+        return sum(self._relation(features, k) for k in self.scales)
 
-    def _relation(self, features, network, every):
+    def _relation(self, features, k: int):
+        "The sum over tuples of k frames."
+        network = getattr(self, f"scale{k}")
+        every = getattr(self, f"tuples{k}")
         drawn = min(self.tuples, len(every))
         if self.training and drawn < len(every):
             every = every[torch.randperm(len(every), device="cpu")[:drawn].to(every.device)]
@@ -188,43 +232,68 @@ class Relations(nn.Module):
 
 # %% ../../nbs/networks/06_frames.ipynb #2d1409cb
 class RelationNetwork(FrameNetwork):
-    """TRN: relations of 2..T images, summed: (B, in_channels, T * stack, H, W) -> (B, num_classes); T is `clip`'s.
+    """Sum the relations of 2..T images: (B, in_channels, T * stack, H, W) -> (B, num_classes).
 
-    `feature_width`: of a frame's feature, a linear map of the trunk's; `hidden`, `tuples` as in Relations; and options
-    of FrameNetwork. Raises: AttnnasError for a clip with another number of images. Source: Zhou et al. 2018.
+    This is TRN.
+
+    num_classes: classes.
+    backbone, options: as in FrameNetwork.
+    clip: as in FrameNetwork; T is the number of its images.
+    feature_width: of a frame's feature, a linear map of the trunk's.
+    hidden, tuples: as in Relations.
+    Raises: AttnnasError for a clip with another number of images.
+    Source: Zhou et al. 2018.
     """
-    def __init__(self, num_classes: int, backbone: str, clip: tuple[int, int, int], feature_width: int = 256,
-                 hidden: int = 256, tuples: int = 3, **options):
+    def __init__(self, num_classes: int, backbone: str, clip: tuple[int, int, int],
+                 feature_width: int = 256, hidden: int = 256, tuples: int = 3, **options):
         super().__init__(backbone, clip, **options)
-        self.frames, self.smallest = clip[0] // self.stack, (clip[0], *self.smallest[1:])
+        self.frames = clip[0] // self.stack
+        self.smallest = (clip[0], *self.smallest[1:])
         self.reduce = nn.Linear(self.width, feature_width)
         self.head = Relations(self.frames, feature_width, num_classes, hidden, tuples)
+        self.class_layers = tuple(f"head.scale{k}.3" for k in self.head.scales)
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
-        if (given := x.shape[2] // self.stack) != self.frames:
-            raise AttnnasError(f"This TRN relates exactly {self.frames} frames, got {given}: its layers are as wide as "
-                               f"there are frames. Sample {self.frames}, or build it with frames={given}.")
+        given = x.shape[2] // self.stack
+        if given != self.frames:
+            raise AttnnasError(
+                f"This TRN relates exactly {self.frames} frames, got {given}: its layers are as "
+                f"wide as there are frames. Sample {self.frames}, or build it with "
+                f"frames={given}.")
         return self.head(self.reduce(self.features(x)))
 
 # %% ../../nbs/networks/06_frames.ipynb #ae1166eb
 def temporal_block(channels: int) -> nn.Sequential:
-    "StNet's temporal modelling block: convolution (3, 1, 1) -> batch norm -> ReLU, (B, C, T, H, W) -> the same shape."
-    return nn.Sequential(OrderedDict(conv=nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0), bias=False),
-                                     norm=nn.BatchNorm3d(channels), act=nn.ReLU()))
+    """Make StNet's temporal modelling block: (B, C, T, H, W) -> the same shape.
+
+    It is a convolution (3, 1, 1), a batch norm and a ReLU.
+
+    channels: C.
+    """
+    conv = nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0), bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm3d(channels), act=nn.ReLU()))
 
 
+def _separable(channels: int, width: int) -> list[nn.Module]:
+    channelwise = nn.Conv1d(channels, channels, 3, padding=1, groups=channels)
+    return [channelwise, nn.Conv1d(channels, width, 1)]
+
+# %% ../../nbs/networks/06_frames.ipynb #765824c1
 class TemporalXception(nn.Module):
-    """StNet's temporal Xception block: (B, C, T) -> (B, width, T).
+    """Apply StNet's temporal Xception block: (B, C, T) -> (B, width, T).
 
-    Batch norm; then twice (channelwise convolution of 3 along time, 1x1 convolution), with norm and ReLU between; plus
-    a 1x1 shortcut; batch norm, ReLU. Source: He et al. 2019; width and norms as in its authors' code.
+    Batch norm; then twice (channelwise convolution of 3 along time, 1x1 convolution), with norm and
+    ReLU between; plus a 1x1 shortcut; batch norm, ReLU.
+
+    channels: C.
+    width: channels of the output.
+    Source: He et al. 2019; width and norms as in its authors' code.
     """
     def __init__(self, channels: int, width: int = 1024):
         super().__init__()
-        def separable(channels):
-            return [nn.Conv1d(channels, channels, 3, padding=1, groups=channels), nn.Conv1d(channels, width, 1)]
         self.first = nn.BatchNorm1d(channels)
-        self.body = nn.Sequential(*separable(channels), nn.BatchNorm1d(width), nn.ReLU(), *separable(width))
+        self.body = nn.Sequential(*_separable(channels, width), nn.BatchNorm1d(width), nn.ReLU(),
+                                  *_separable(width, width))
         self.shortcut = nn.Conv1d(channels, width, 1)
         self.last = nn.Sequential(nn.BatchNorm1d(width), nn.ReLU())
 
@@ -234,38 +303,56 @@ class TemporalXception(nn.Module):
 
 # %% ../../nbs/networks/06_frames.ipynb #a1a84f5d
 class StNet(FrameNetwork):
-    """StNet: super-images, temporal blocks, temporal Xception block: (B, in_channels, T, H, W) -> (B, num_classes).
+    """Read super-images with layers along time: (B, in_channels, T, H, W) -> (B, num_classes).
 
-    `temporal_after`: parts of the trunk that a temporal modelling block follows (named as the part, and "_time"); the
-    default sites. `width`: the Xception block's, whose maximum over time is classified. Any T from 2 * stack on.
-    Source: He et al. 2019; the maximum as in its authors' code, which also adds a block's input to its output.
+    StNet has super-images, temporal blocks and a temporal Xception block, whose maximum over time
+    is classified. It takes any T from 2 * stack on.
+
+    num_classes: classes.
+    backbone, clip, stack, options: as in FrameNetwork.
+    temporal_after: parts of the trunk that a temporal modelling block follows. A block is named as
+        its part, and "_time"; the blocks are the default sites.
+    width: the Xception block's.
+    Source: He et al. 2019; the maximum as in its authors' code, which also adds a block's input to
+        its output.
     """
     def __init__(self, num_classes: int, backbone: str, clip: tuple[int, int, int], stack: int = 5,
-                 temporal_after: tuple[str, ...] = ("layer2", "layer3"), width: int = 1024, **options):
+                 temporal_after: tuple[str, ...] = ("layer2", "layer3"), width: int = 1024,
+                 **options):
         super().__init__(backbone, clip, stack=stack, **options)
         for name in temporal_after: choose(name, list(self.channels), f"part of {backbone}")
         parts = OrderedDict()
         for name, part in self.trunk.named_children():
             parts[name] = part
-            if name in temporal_after: parts[f"{name}_time"] = temporal_block(self.channels[name])
-        self.trunk, self.default_sites = nn.Sequential(parts), tuple(f"trunk.{name}_time" for name in temporal_after)
-        self.xception, self.head = TemporalXception(self.width, width), nn.Linear(width, num_classes)
+            if name in temporal_after:
+                parts[f"{name}_time"] = temporal_block(self.channels[name])
+        self.trunk = nn.Sequential(parts)
+        self.default_sites = tuple(f"trunk.{name}_time" for name in temporal_after)
+        self.xception = TemporalXception(self.width, width)
+        self.head = nn.Linear(width, num_classes)
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.xception(self.features(x).transpose(1, 2)).amax(2))
 
 # %% ../../nbs/networks/06_frames.ipynb #f0c05f84
 class FrameLSTM(FrameNetwork):
-    """Features of the frames through an LSTM: (B, in_channels, T, H, W) -> (B, num_classes); any T from 2 * stack on.
+    """Read the features of the frames with an LSTM: (B, in_channels, T, H, W) -> (B, num_classes).
 
-    `state`: "mean" averages the class scores of all time steps, "last" takes those of the last; `hidden`: the LSTM's
-    width. Source: Donahue et al. 2015 (LRCN), section 4; hidden, and a pooled for a fully connected feature [choice].
+    It takes any T from 2 * stack on.
+
+    num_classes: classes.
+    backbone, clip, options: as in FrameNetwork.
+    hidden: the LSTM's width.
+    state: "mean" averages the class scores of all time steps, "last" takes those of the last.
+    Source: Donahue et al. 2015 (LRCN), section 4; hidden, and a pooled for a fully connected
+        feature [choice].
     """
-    def __init__(self, num_classes: int, backbone: str, clip: tuple[int, int, int], hidden: int = 256,
-                 state: str = "mean", **options):
+    def __init__(self, num_classes: int, backbone: str, clip: tuple[int, int, int],
+                 hidden: int = 256, state: str = "mean", **options):
         super().__init__(backbone, clip, **options)
         self.state = choose(state, ("mean", "last"), "state")
-        self.lstm, self.head = nn.LSTM(self.width, hidden, batch_first=True), nn.Linear(hidden, num_classes)
+        self.lstm = nn.LSTM(self.width, hidden, batch_first=True)
+        self.head = nn.Linear(hidden, num_classes)
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         steps, _ = self.lstm(self.features(x))
@@ -273,84 +360,168 @@ class FrameLSTM(FrameNetwork):
 
 # %% ../../nbs/networks/06_frames.ipynb #6b7dfed5
 class TwoStream(Backbone):
-    """An RGB and a flow network, their class scores averaged: (B, rgb + flow channels, T, H, W) -> (B, num_classes).
+    """Average the class scores of an RGB and a flow network.
 
-    `rgb` reads one frame of every `every`, the middle one, and `flow` all; both are Backbones. Score = (rgb + w * flow)
-    / (1 + w), w = `flow_weight`; `stream_scores` gives both. Source: Simonyan and Zisserman 2014, section 2.
+    It maps (B, rgb + flow channels, T, H, W) to (rgb + w * flow) / (1 + w), (B, num_classes), where
+    w is `flow_weight`.
+
+    rgb: a Backbone that reads one frame of every `every`, the middle one.
+    flow: a Backbone that reads all frames.
+    every: frames in a stack of flow.
+    flow_weight: w.
+    Source: Simonyan and Zisserman 2014, section 2.
     """
     def __init__(self, rgb: Backbone, flow: Backbone, every: int = 1, flow_weight: float = 1.0):
-        smallest = tuple(map(max, (rgb.smallest[0] * every, *rgb.smallest[1:]), flow.smallest))
-        sites = [f"rgb.{site}" for site in rgb.default_sites] + [f"flow.{site}" for site in flow.default_sites]
-        super().__init__(rgb.in_channels + flow.in_channels, flow.example_shape[2:], smallest, sites)
-        self.rgb, self.flow, self.every, self.flow_weight = rgb, flow, every, flow_weight
+        rgb_smallest = (rgb.smallest[0] * every, *rgb.smallest[1:])
+        smallest = tuple(map(max, rgb_smallest, flow.smallest))
+        sites = _in_streams(rgb.default_sites, flow.default_sites)
+        class_layers = _in_streams(rgb.class_layers, flow.class_layers)
+        in_channels = rgb.in_channels + flow.in_channels
+        super().__init__(in_channels, flow.example_shape[2:], smallest, sites, class_layers)
+        self.rgb = rgb
+        self.flow = flow
+        self.every = every
+        self.flow_weight = flow_weight
 
     def stream_scores(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        "Class scores of the RGB stream and of the flow stream, each (B, num_classes)."
+        """Compute the class scores of either stream.
+
+        x: (B, rgb + flow channels, T, H, W).
+        Returns: those of RGB, then those of flow, each (B, num_classes).
+        """
         rgb, flow = x.split([self.rgb.in_channels, self.flow.in_channels], 1)
         middle = rgb[:, :, self.every // 2::self.every][:, :, :x.shape[2] // self.every]
         return self.rgb(middle), self.flow(flow)
 
     def fuse(self, rgb: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
-        "The weighted mean of two streams' scores."
+        "Compute the weighted mean of two streams' scores, each (B, num_classes)."
         return (rgb + self.flow_weight * flow) / (1 + self.flow_weight)
 
     def scores(self, x: torch.Tensor) -> torch.Tensor: return self.fuse(*self.stream_scores(x))
 
+# %% ../../nbs/networks/06_frames.ipynb #3d7ab896
+def _in_streams(rgb, flow) -> list[str]:
+    "Names of modules of the two streams, as names in the whole."
+    return [f"rgb.{name}" for name in rgb] + [f"flow.{name}" for name in flow]
+
 # %% ../../nbs/networks/06_frames.ipynb #e4c15fd2
 def r50_frames(num_classes: int, backbone: str = "resnet50", **options) -> FrameAverage:
-    "ResNet-50 on every frame, class scores averaged (2D-CNN with fusion; the R50-ImageNet of Monfort et al. 2018)."
+    """ResNet-50 on every frame, class scores averaged.
+
+    The source calls it 2D-CNN with fusion.
+
+    num_classes: classes.
+    backbone, options: as in FrameAverage.
+    Source: the R50-ImageNet of Monfort et al. 2018.
+    """
     return FrameAverage(num_classes, backbone, (64, 224, 224), **options)
 
 
 def tsn_r50(num_classes: int, backbone: str = "resnet50", **options) -> FrameAverage:
-    "Temporal segment network on ResNet-50 (Wang et al. 2016), average consensus of 25 test frames."
+    """Temporal segment network on ResNet-50, average consensus of 25 test frames.
+
+    num_classes: classes.
+    backbone, options: as in FrameAverage.
+    Source: Wang et al. 2016.
+    """
     return FrameAverage(num_classes, backbone, (25, 224, 224), **options)
 
 
 def tsn_irv2(num_classes: int, backbone: str = "inception_resnet_v2", **options) -> FrameAverage:
-    "Temporal segment network on Inception-ResNet-v2 (Wang et al. 2016; He et al. 2019), 25 test frames at 331 x 331."
+    """Temporal segment network on Inception-ResNet-v2, 25 test frames at 331 x 331.
+
+    num_classes: classes.
+    backbone, options: as in FrameAverage.
+    Source: Wang et al. 2016; He et al. 2019.
+    """
     return FrameAverage(num_classes, backbone, (25, 331, 331), **options)
 
+# %% ../../nbs/networks/06_frames.ipynb #487d501a
+def trn_multiscale(num_classes: int, backbone: str = "inception_v3", frames: int = 8,
+                   stack: int = 1, **options) -> RelationNetwork:
+    """Multi-scale temporal relation network, 8 frames; Inception-v3 for BN-Inception [choice].
 
-def trn_multiscale(num_classes: int, backbone: str = "inception_v3", frames: int = 8, stack: int = 1,
-                   **options) -> RelationNetwork:
-    "Multi-scale temporal relation network (Zhou et al. 2018), 8 frames; Inception-v3 for BN-Inception [choice]."
-    return RelationNetwork(num_classes, backbone, (frames * stack, 224, 224), stack=stack, **options)
+    num_classes: classes.
+    backbone, options: as in RelationNetwork.
+    frames: how many images are related.
+    stack: frames in an image.
+    Source: Zhou et al. 2018.
+    """
+    clip = (frames * stack, 224, 224)
+    return RelationNetwork(num_classes, backbone, clip, stack=stack, **options)
 
 
 def stnet(num_classes: int, backbone: str = "resnet50", stack: int = 5, **options) -> StNet:
-    "StNet on ResNet-50 (He et al. 2019): 25 super-images of five frames at 256 x 256 [choice], two temporal blocks."
+    """StNet on ResNet-50: 25 super-images of five frames at 256 x 256 [choice], two default sites.
+
+    num_classes: classes.
+    backbone, stack, options: as in StNet.
+    Source: He et al. 2019.
+    """
     return StNet(num_classes, backbone, (25 * stack, 256, 256), stack=stack, **options)
 
+# %% ../../nbs/networks/06_frames.ipynb #f5f88f64
+def stnet_irv2(num_classes: int, backbone: str = "inception_resnet_v2", stack: int = 5,
+               **options) -> StNet:
+    """StNet on Inception-ResNet-v2 at 331 x 331; size and temporal block fit the published cost.
 
-def stnet_irv2(num_classes: int, backbone: str = "inception_resnet_v2", stack: int = 5, **options) -> StNet:
-    "StNet on Inception-ResNet-v2 (He et al. 2019), 331 x 331; size and temporal block as fitted to the published cost."
+    num_classes: classes.
+    backbone, stack, options: as in StNet.
+    Source: He et al. 2019.
+    """
     options = {"temporal_after": ("block8",)} | options
     return StNet(num_classes, backbone, (25 * stack, 331, 331), stack=stack, **options)
 
 
 def cnn_lstm(num_classes: int, backbone: str = "resnet50", **options) -> FrameLSTM:
-    "2D-CNN with LSTM (LRCN, Donahue et al. 2015): an LSTM on the features of 16 frames, ResNet-50 [choice]."
+    """2D-CNN with LSTM (LRCN): an LSTM on the features of 16 frames, ResNet-50 [choice].
+
+    num_classes: classes.
+    backbone, options: as in FrameLSTM.
+    Source: Donahue et al. 2015.
+    """
     return FrameLSTM(num_classes, backbone, (16, 224, 224), **options)
 
 # %% ../../nbs/networks/06_frames.ipynb #5b3ac0b0
-def two_stream(num_classes: int, backbone: str = "mobilenetv2_100", stack: int = 5, flow_weight: float = 1.0,
-               **options) -> TwoStream:
-    """Two-stream network (Simonyan and Zisserman 2014) on a timm network: 25 RGB frames, 25 stacks of five flow fields.
+def two_stream(num_classes: int, backbone: str = "mobilenetv2_100", stack: int = 5,
+               flow_weight: float = 1.0, **options) -> TwoStream:
+    """Two-stream network on a timm network: 25 RGB frames, 25 stacks of five flow fields.
 
-    Input (B, 5, T, H, W): red, green, blue, u, v. `options` are FrameAverage's, for both streams; MobileNetV2 [poster].
+    It maps (B, 5, T, H, W), red, green, blue, u and v, to (B, num_classes).
+
+    num_classes: classes.
+    backbone: a timm network for both streams; MobileNetV2 [poster].
+    stack: flow fields in a stack.
+    flow_weight: as in TwoStream.
+    options: those of FrameAverage, for both streams.
+    Source: Simonyan and Zisserman 2014.
     """
     rgb = FrameAverage(num_classes, backbone, (25, 224, 224), **options)
-    flow = FrameAverage(num_classes, backbone, (25 * stack, 224, 224), in_channels=2, stack=stack, **options)
+    flow = FrameAverage(num_classes, backbone, (25 * stack, 224, 224), in_channels=2, stack=stack,
+                        **options)
     return TwoStream(rgb, flow, every=stack, flow_weight=flow_weight)
 
+# %% ../../nbs/networks/06_frames.ipynb #f2421098
+def tsn_two_stream(num_classes: int, backbone: str = "resnet50", flow_weight: float = 1.5,
+                   **options) -> TwoStream:
+    """Two-stream temporal segment network: RGB counts 1, flow 1.5; 25 frames, ResNet-50 [choice].
 
-def tsn_two_stream(num_classes: int, backbone: str = "resnet50", flow_weight: float = 1.5, **options) -> TwoStream:
-    "Two-stream temporal segment network (Wang et al. 2016): RGB counts 1, flow 1.5; 25 frames, ResNet-50 [choice]."
+    num_classes: classes.
+    backbone, flow_weight, options: as in `two_stream`.
+    Source: Wang et al. 2016.
+    """
     return two_stream(num_classes, backbone, flow_weight=flow_weight, **options)
 
 
-def trn_two_stream(num_classes: int, backbone: str = "inception_v3", stack: int = 5, **options) -> TwoStream:
-    "Multi-scale temporal relation network on RGB and on flow (Zhou et al. 2018): eight frames, eight stacks of five flow fields."
+def trn_two_stream(num_classes: int, backbone: str = "inception_v3", stack: int = 5,
+                   **options) -> TwoStream:
+    """Multi-scale temporal relation network on RGB and on flow: eight frames, eight stacks of five.
+
+    num_classes: classes.
+    backbone, options: as in `trn_multiscale`.
+    stack: flow fields in a stack.
+    Source: Zhou et al. 2018.
+    """
     rgb = trn_multiscale(num_classes, backbone, **options)
-    return TwoStream(rgb, trn_multiscale(num_classes, backbone, in_channels=2, stack=stack, **options), every=stack)
+    flow = trn_multiscale(num_classes, backbone, in_channels=2, stack=stack, **options)
+    return TwoStream(rgb, flow, every=stack)

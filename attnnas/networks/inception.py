@@ -18,7 +18,12 @@ from ..core.errors import AttnnasError, choose
 
 # %% ../../nbs/networks/04_inception.ipynb #44d30758
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    "Positions to add (before, after) one axis of length `size` under TensorFlow's SAME rule."
+    """Compute how many positions TensorFlow's SAME rule adds to an axis.
+
+    size: length of the axis.
+    kernel, stride: of the convolution or pooling.
+    Returns: positions before it and behind it.
+    """
     total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
 
@@ -28,7 +33,13 @@ def _same(shape, kernel, stride):
 
 # %% ../../nbs/networks/04_inception.ipynb #ba5b7260
 class SameConv3d(nn.Conv3d):
-    "Convolution without bias, with SAME padding: (B, C, T, H, W) -> (B, C', ceil(T/s), ceil(H/s), ceil(W/s))."
+    """Convolve with SAME padding and without bias.
+
+    It maps (B, C, T, H, W) to (B, C', ceil(T/s), ceil(H/s), ceil(W/s)).
+
+    channels, out_channels: C and C'.
+    kernel_size, stride: as in nn.Conv3d.
+    """
     def __init__(self, channels: int, out_channels: int, kernel_size, stride=1):
         super().__init__(channels, out_channels, kernel_size, stride, bias=False)
 
@@ -38,12 +49,18 @@ class SameConv3d(nn.Conv3d):
         if any(odd): x = F.pad(x, [side for one in odd for side in (0, one)])
         return F.conv3d(x, self.weight, None, self.stride, [before for before, _ in pads])
 
-
+# %% ../../nbs/networks/04_inception.ipynb #a765ac43
 class SameMaxPool3d(nn.Module):
-    "Max pooling with SAME padding that never wins: (B, C, T, H, W) -> (B, C, ceil(T/s), ceil(H/s), ceil(W/s))."
+    """Take maxima with SAME padding, which never wins.
+
+    It maps (B, C, T, H, W) to (B, C, ceil(T/s), ceil(H/s), ceil(W/s)).
+
+    kernel_size, stride: of the three axes.
+    """
     def __init__(self, kernel_size: tuple[int, int, int], stride: tuple[int, int, int]):
         super().__init__()
-        self.kernel_size, self.stride = kernel_size, stride
+        self.kernel_size = kernel_size
+        self.stride = stride
 
     def forward(self, x):
         before = [pad[0] for pad in _same(x.shape[2:], self.kernel_size, self.stride)]
@@ -53,32 +70,53 @@ class SameMaxPool3d(nn.Module):
 
 # %% ../../nbs/networks/04_inception.ipynb #3536925e
 def conv_unit(channels: int, out_channels: int, kernel, stride=1) -> nn.Sequential:
-    "Convolution without bias -> batch norm -> ReLU."
-    return nn.Sequential(OrderedDict(conv=SameConv3d(channels, out_channels, kernel, stride),
-                                     norm=nn.BatchNorm3d(out_channels, eps=1e-3), act=nn.ReLU()))
+    "Make a convolution without bias, a batch norm and a ReLU; arguments as in SameConv3d."
+    return nn.Sequential(OrderedDict(
+        conv=SameConv3d(channels, out_channels, kernel, stride),
+        norm=nn.BatchNorm3d(out_channels, eps=1e-3),
+        act=nn.ReLU()))
 
 
-def separable_unit(channels: int, out_channels: int, kernel: int, stride=(1, 1, 1)) -> nn.Sequential:
-    "A unit of kernel (1, k, k), then a unit of kernel (k, 1, 1)  (Xie et al. 2018, section 3)."
+def separable_unit(channels: int, out_channels: int, kernel: int,
+                   stride=(1, 1, 1)) -> nn.Sequential:
+    """Make a unit of kernel (1, k, k), then a unit of kernel (k, 1, 1).
+
+    channels, out_channels: of the whole; the second unit keeps the channels of the first.
+    kernel: k.
+    stride: of time, height and width.
+    Source: Xie et al. 2018, section 3.
+    """
     time, *space = stride
-    return nn.Sequential(OrderedDict(space=conv_unit(channels, out_channels, (1, kernel, kernel), (1, *space)),
-                                     time=conv_unit(out_channels, out_channels, (kernel, 1, 1), (time, 1, 1))))
+    return nn.Sequential(OrderedDict(
+        space=conv_unit(channels, out_channels, (1, kernel, kernel), (1, *space)),
+        time=conv_unit(out_channels, out_channels, (kernel, 1, 1), (time, 1, 1))))
 
 # %% ../../nbs/networks/04_inception.ipynb #2b1f65fe
-class Mixed(nn.Module):
-    """Inception block: four branches, concatenated; (B, C, T, H, W) -> (B, b0 + b1 + b2 + b3, T, H, W).
+def _branch(**layers) -> nn.Sequential: return nn.Sequential(OrderedDict(layers))
 
-    `widths` is (b0, reduce1, b1, reduce2, b2, b3); `unit` makes the 3x3x3 layers.
+
+class Mixed(nn.Module):
+    """Concatenate four branches: (B, C, T, H, W) -> (B, b0 + b1 + b2 + b3, T, H, W).
+
+    This is the Inception block.
+
+    channels: C.
+    widths: (b0, reduce1, b1, reduce2, b2, b3), the channels of its layers.
+    unit: makes the 3x3x3 layers; `conv_unit` or `separable_unit`.
     """
     def __init__(self, channels: int, widths: tuple[int, ...], unit=conv_unit):
         super().__init__()
         b0, reduce1, b1, reduce2, b2, b3 = widths
-        branch = lambda **layers: nn.Sequential(OrderedDict(layers))
-        self.Branch_0 = branch(Conv3d_0a_1x1=conv_unit(channels, b0, 1))
-        self.Branch_1 = branch(Conv3d_0a_1x1=conv_unit(channels, reduce1, 1), Conv3d_0b_3x3=unit(reduce1, b1, 3))
-        self.Branch_2 = branch(Conv3d_0a_1x1=conv_unit(channels, reduce2, 1), Conv3d_0b_3x3=unit(reduce2, b2, 3))
-        self.Branch_3 = branch(MaxPool3d_0a_3x3=SameMaxPool3d((3, 3, 3), (1, 1, 1)),
-                               Conv3d_0b_1x1=conv_unit(channels, b3, 1))
+        self.Branch_0 = _branch(Conv3d_0a_1x1=conv_unit(channels, b0, 1))
+        self.Branch_1 = _branch(
+            Conv3d_0a_1x1=conv_unit(channels, reduce1, 1),
+            Conv3d_0b_3x3=unit(reduce1, b1, 3))
+        self.Branch_2 = _branch(
+            Conv3d_0a_1x1=conv_unit(channels, reduce2, 1),
+            Conv3d_0b_3x3=unit(reduce2, b2, 3))
+        self.Branch_3 = _branch(
+            MaxPool3d_0a_3x3=SameMaxPool3d((3, 3, 3), (1, 1, 1)),
+            Conv3d_0b_1x1=conv_unit(channels, b3, 1))
         self.channels = b0 + b1 + b2 + b3
 
     def forward(self, x):
@@ -86,89 +124,140 @@ class Mixed(nn.Module):
 
 # %% ../../nbs/networks/04_inception.ipynb #25b677e5
 FULL = {
-    "Conv3d_1a_7x7": (64, 7, (2, 2, 2)), "MaxPool3d_2a_3x3": ((1, 3, 3), (1, 2, 2)),
-    "Conv3d_2b_1x1": (64, 1, (1, 1, 1)), "Conv3d_2c_3x3": (192, 3, (1, 1, 1)),
+    "Conv3d_1a_7x7": (64, 7, (2, 2, 2)),
+    "MaxPool3d_2a_3x3": ((1, 3, 3), (1, 2, 2)),
+    "Conv3d_2b_1x1": (64, 1, (1, 1, 1)),
+    "Conv3d_2c_3x3": (192, 3, (1, 1, 1)),
     "MaxPool3d_3a_3x3": ((1, 3, 3), (1, 2, 2)),
-    "Mixed_3b": (64, 96, 128, 16, 32, 32), "Mixed_3c": (128, 128, 192, 32, 96, 64),
+    "Mixed_3b": (64, 96, 128, 16, 32, 32),
+    "Mixed_3c": (128, 128, 192, 32, 96, 64),
     "MaxPool3d_4a_3x3": ((3, 3, 3), (2, 2, 2)),
-    "Mixed_4b": (192, 96, 208, 16, 48, 64), "Mixed_4c": (160, 112, 224, 24, 64, 64),
-    "Mixed_4d": (128, 128, 256, 24, 64, 64), "Mixed_4e": (112, 144, 288, 32, 64, 64),
+    "Mixed_4b": (192, 96, 208, 16, 48, 64),
+    "Mixed_4c": (160, 112, 224, 24, 64, 64),
+    "Mixed_4d": (128, 128, 256, 24, 64, 64),
+    "Mixed_4e": (112, 144, 288, 32, 64, 64),
     "Mixed_4f": (256, 160, 320, 32, 128, 128),
     "MaxPool3d_5a_2x2": ((2, 2, 2), (2, 2, 2)),
-    "Mixed_5b": (256, 160, 320, 32, 128, 128), "Mixed_5c": (384, 192, 384, 48, 128, 128)}
+    "Mixed_5b": (256, 160, 320, 32, 128, 128),
+    "Mixed_5c": (384, 192, 384, 48, 128, 128),
+}
 
 # %% ../../nbs/networks/04_inception.ipynb #f4b58c1a
 SMALL = {
-    "Conv3d_1a_7x7": (16, 3, (1, 2, 2)), "MaxPool3d_2a_3x3": ((1, 3, 3), (1, 2, 2)),
-    "Mixed_3b": (8, 8, 24, 8, 8, 8), "MaxPool3d_4a_3x3": ((1, 3, 3), (1, 2, 2)),
-    "Mixed_4b": (16, 16, 32, 8, 8, 8), "Mixed_4c": (32, 16, 48, 8, 16, 32)}
+    "Conv3d_1a_7x7": (16, 3, (1, 2, 2)),
+    "MaxPool3d_2a_3x3": ((1, 3, 3), (1, 2, 2)),
+    "Mixed_3b": (8, 8, 24, 8, 8, 8),
+    "MaxPool3d_4a_3x3": ((1, 3, 3), (1, 2, 2)),
+    "Mixed_4b": (16, 16, 32, 8, 8, 8),
+    "Mixed_4c": (32, 16, 48, 8, 16, 32),
+}
 
 # %% ../../nbs/networks/04_inception.ipynb #d5120b26
-LAYOUTS = {"full": (FULL, (64, 224, 224), ("Mixed_4b", "Mixed_4c", "Mixed_4d", "Mixed_5b", "Mixed_5c")),
-           "small": (SMALL, (16, 32, 32), ("MaxPool3d_4a_3x3", "Mixed_4b"))}
+LAYOUTS = {
+    "full": (FULL, (64, 224, 224), ("Mixed_4b", "Mixed_4c", "Mixed_4d", "Mixed_5b", "Mixed_5c")),
+    "small": (SMALL, (16, 32, 32), ("MaxPool3d_4a_3x3", "Mixed_4b")),
+}
 
-HEADS = {"linear": nn.Linear,
-         "mlp": lambda width, classes: nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))}
+
+def _mlp(width: int, classes: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
+
+
+HEADS = {"linear": (nn.Linear, ("head",)), "mlp": (_mlp, ("head.2",))}
 
 # %% ../../nbs/networks/04_inception.ipynb #f090d867
 class InceptionVideo(Backbone):
-    """I3D (`separable=False`) or S3D (`separable=True`): (B, in_channels, T, H, W) -> scores (B, num_classes).
+    """I3D or S3D: (B, in_channels, T, H, W) -> scores (B, num_classes).
 
-    `layout` "full" or "small"; `width_multiplier` scales all channels, rounded to multiples of 4; `head` "linear", or
-    "mlp" with one hidden ReLU layer as wide as its input, after global average pooling. `separable_stem=True`
-    separates S3D's stem as well. Attributes: those of Backbone, `layers` (names, in order), `head`.
-    Sources: Carreira and Zisserman 2017; Xie et al. 2018, without gating; the small layout and the head "mlp" [choice].
+    num_classes: classes.
+    separable: whether 3x3x3 filters are separated: True makes S3D, False I3D.
+    layout: "full", the published size, or "small" [choice].
+    width_multiplier: scales all channels, rounded to multiples of 4.
+    in_channels: channels of a clip.
+    head: "linear", or "mlp" [choice] with one hidden ReLU layer as wide as its input; both follow
+        global average pooling.
+    separable_stem: whether S3D's stem is separated as well.
+    Attributes: those of Backbone, `layers` (names, in order), `head`.
     Raises: AttnnasError for an unknown or contradictory option, and for an input of another shape.
+    Sources: Carreira and Zisserman 2017; Xie et al. 2018, without gating.
     """
-    def __init__(self, num_classes: int, separable: bool, layout: str = "full", width_multiplier: float = 1.0,
-                 in_channels: int = 3, head: str = "linear", separable_stem: bool = False):
+    def __init__(self, num_classes: int, separable: bool, layout: str = "full",
+                 width_multiplier: float = 1.0, in_channels: int = 3, head: str = "linear",
+                 separable_stem: bool = False):
         plan, clip, sites = choose(layout, LAYOUTS, "layout")
-        super().__init__(in_channels, clip, default_sites=sites)
+        make_head, class_layers = choose(head, HEADS, "head")
+        super().__init__(in_channels, clip, default_sites=sites, class_layers=class_layers)
         if separable_stem and not separable:
-            raise AttnnasError("separable_stem=True needs separable=True: I3D separates nothing. Use an S3D.")
-        if width_multiplier <= 0: raise AttnnasError(f"width_multiplier must be above 0, got {width_multiplier}.")
-        self.layers, channels = tuple(plan), in_channels
+            raise AttnnasError("separable_stem=True needs separable=True: I3D separates nothing. "
+                               "Use an S3D.")
+        if width_multiplier <= 0:
+            raise AttnnasError(f"width_multiplier must be above 0, got {width_multiplier}.")
+        self.layers = tuple(plan)
+        channels = in_channels
         for name, numbers in plan.items():
-            module, channels = _layer(name, numbers, channels, width_multiplier, separable, separable_stem)
+            module, channels = _layer(name, numbers, channels, width_multiplier, separable,
+                                      separable_stem)
             self.add_module(name, module)
-        self.head = choose(head, HEADS, "head")(channels, num_classes)
+        self.head = make_head(channels, num_classes)
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
-        # Convolution and pooling are about twice as fast so on a CPU; elsewhere the caller's layout stays.
+        # Convolution and pooling are about twice as fast so on a CPU. Elsewhere the layout stays.
         if x.device.type == "cpu": x = x.contiguous(memory_format=torch.channels_last_3d)
         for name in self.layers: x = getattr(self, name)(x)
         return self.head(x.mean((2, 3, 4)))
 
 # %% ../../nbs/networks/04_inception.ipynb #1c2b838b
-def _layer(name, numbers, channels, width_multiplier, separable, separable_stem) -> tuple[nn.Module, int]:
-    "The layer `name` of a plan, and the channels that it gives."
+def _layer(name, numbers, channels, width_multiplier, separable,
+           separable_stem) -> tuple[nn.Module, int]:
+    "Make the layer `name` of a plan; return it and the channels that it gives."
     def wide(width): return max(1, round(width * width_multiplier / 4)) * 4
+
     unit = separable_unit if separable else conv_unit
     if name.startswith("MaxPool"): return SameMaxPool3d(*numbers), channels
     if name.startswith("Mixed"):
         block = Mixed(channels, tuple(map(wide, numbers)), unit)
         return block, block.channels
     width, kernel, stride = numbers
+    if kernel == 1: unit = conv_unit
     if name == "Conv3d_1a_7x7" and not separable_stem:
-        unit, kernel = conv_unit, (3 if separable else kernel, kernel, kernel)
-    return (conv_unit if kernel == 1 else unit)(channels, wide(width), kernel, stride), wide(width)
+        unit = conv_unit
+        kernel = (3 if separable else kernel, kernel, kernel)
+    return unit(channels, wide(width), kernel, stride), wide(width)
 
 # %% ../../nbs/networks/04_inception.ipynb #4de2b051
 def i3d(num_classes: int, **options) -> InceptionVideo:
-    "Inception-v1 inflated to three dimensions, without separation (Carreira and Zisserman 2017); five default sites."
+    """Inception-v1 inflated to three dimensions, without separation; five default sites.
+
+    num_classes: classes.
+    options: those of InceptionVideo.
+    Source: Carreira and Zisserman 2017.
+    """
     return InceptionVideo(num_classes, separable=False, layout="full", **options)
 
 
 def s3d(num_classes: int, **options) -> InceptionVideo:
-    "I3D with its 3x3x3 filters separated into space and time, no gating (Xie et al. 2018); five default sites."
+    """I3D with its 3x3x3 filters separated into space and time, no gating; five default sites.
+
+    num_classes: classes.
+    options: those of InceptionVideo.
+    Source: Xie et al. 2018.
+    """
     return InceptionVideo(num_classes, separable=True, layout="full", **options)
 
-
+# %% ../../nbs/networks/04_inception.ipynb #79b8d367
 def i3d_small(num_classes: int, **options) -> InceptionVideo:
-    "I3D's blocks for clips of 16 x 32 x 32: a fine stem, three blocks, no temporal stride; two default sites."
+    """I3D's blocks for clips of 16 x 32 x 32: a fine stem, three blocks, no temporal stride.
+
+    num_classes: classes.
+    options: those of InceptionVideo. It has two default sites.
+    """
     return InceptionVideo(num_classes, separable=False, layout="small", **options)
 
 
 def s3d_small(num_classes: int, **options) -> InceptionVideo:
-    "S3D's blocks for clips of 16 x 32 x 32: a fine stem, three blocks, no temporal stride; two default sites."
+    """S3D's blocks for clips of 16 x 32 x 32: a fine stem, three blocks, no temporal stride.
+
+    num_classes: classes.
+    options: those of InceptionVideo. It has two default sites.
+    """
     return InceptionVideo(num_classes, separable=True, layout="small", **options)

@@ -15,25 +15,35 @@ from ..cells.operations.base import Pointwise, check_features
 
 # %% ../../nbs/networks/02_non_local.ipynb #a9c75aae
 class NonLocalBlock(nn.Module):
-    """Embedded-Gaussian non-local block: (B, C, T, H, W) -> the same shape, the identity when new.
+    """Add what all positions say to each position: (B, C, T, H, W) -> the same shape.
 
-    `inner` is the width of queries, keys and values (default C // 2); `pool_keys` max-pools keys and values
-    2x2x2, a last odd position alone. Raises: AttnnasError for an input that is not (B, channels, T, H, W).
-    Source: Wang et al. 2018, equations 4 and 6, section 3.3; PyTorch's default initialisation [choice].
+    This is the embedded-Gaussian non-local block. A new one is the identity.
+
+    channels: C.
+    inner: width of queries, keys and values; None: C // 2.
+    pool_keys: whether keys and values are max-pooled 2x2x2 after their projection; a last odd
+        position is pooled alone. [choice] The paper's section 3.3 pools the input of the
+        projections, and only in space; this form is fitted to the talk's GFLOPs.
+    Raises: AttnnasError for an input that is not (B, channels, T, H, W).
+    Source: Wang et al. 2018, equations 4 and 6; PyTorch's default initialisation [choice].
     """
-    def __init__(self, channels: int, inner: int | None = None, pool_keys: bool = False, device=None, dtype=None):
+    def __init__(self, channels: int, inner: int | None = None, pool_keys: bool = False,
+                 device=None, dtype=None):
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
-        self.channels, self.inner, self.pool_keys = channels, inner or max(channels // 2, 1), pool_keys
-        self.project = Pointwise(channels, 3 * self.inner, **dd)
-        self.combine = Pointwise(self.inner, channels, bias=False, **dd)
-        self.zero_norm = zero_norm(channels, **dd)
+        factory = {"device": device, "dtype": dtype}
+        self.channels = channels
+        self.inner = inner or max(channels // 2, 1)
+        self.pool_keys = pool_keys
+        self.project = Pointwise(channels, 3 * self.inner, **factory)
+        self.combine = Pointwise(self.inner, channels, bias=False, **factory)
+        self.zero_norm = zero_norm(channels, **factory)
 
     def _tokens(self, x):
         check_features(x, self.channels)
         query, key_value = self.project(x).split([self.inner, 2 * self.inner], 1)
         if self.pool_keys: key_value = F.max_pool3d(key_value, 2, ceil_mode=True)
-        return [tokens.flatten(2).transpose(1, 2).contiguous() for tokens in (query, *key_value.chunk(2, 1))]
+        maps = (query, *key_value.chunk(2, 1))
+        return [tokens.flatten(2).transpose(1, 2).contiguous() for tokens in maps]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = (tokens.unsqueeze(1) for tokens in self._tokens(x))
@@ -42,9 +52,12 @@ class NonLocalBlock(nn.Module):
         return x + self.zero_norm(self.combine(y))
 
     def weights(self, x: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-        """What the positions `queries` (Q,), numbered in (T, H, W) order, attend to: (B, Q, P), rows sum to 1.
+        """Compute what some positions attend to.
 
-        P is T*H*W, or the number of pooled positions where keys are pooled.
+        x: (B, C, T, H, W).
+        queries: (Q,), positions counted in (T, H, W) order.
+        Returns: (B, Q, P), rows sum to 1. P is T*H*W, or the number of pooled positions where keys
+        are pooled.
         """
         query, key, _ = self._tokens(x)
         return (query[:, queries] @ key.transpose(1, 2)).softmax(-1)

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.errors import AttnnasError
-from .dry_run import Call, DryRun
+from .dry_run import Call, DryRun, shapes_of
 from .insertion import inserted
 
 # %% ../../nbs/networks/11_profile.ipynb #da82902e
@@ -35,22 +36,86 @@ def _added(total, a, b, **options) -> int:
     return 2 * math.prod(a) * b[-1]
 
 
-_IN_PLACE = {torch.ops.aten.addmm_: _added, torch.ops.aten.baddbmm_: _added}
+def _vector(a, b, **options) -> int:
+    "Work of a matrix (m, k), or a vector (k,), times a vector (k,)."
+    return 2 * math.prod(a)
 
 
+def _added_vector(total, a, b, **options) -> int: return _vector(a, b)
+
+
+def _outer(total, a, b, **options) -> int: return 2 * math.prod(a) * math.prod(b)
+
+
+def _trilinear(a, b, c, expand_a, expand_b, expand_c, *rest, **options) -> int:
+    "Work of the sum of a * b * c, after axes were inserted that are broadcast."
+    wide = []
+    for shape, places in ((a, expand_a), (b, expand_b), (c, expand_c)):
+        shape = list(shape)
+        for place in sorted(places): shape.insert(place, 1)
+        wide.append(shape)
+    return 2 * math.prod(map(max, *wide))
+
+
+_aten = torch.ops.aten
+_FORMULAS = {
+    _aten.addmm_: _added, _aten.baddbmm_: _added, _aten.addbmm: _added, _aten.addbmm_: _added,
+    _aten.mv: _vector, _aten.dot: _vector, _aten.vdot: _vector,
+    _aten.addmv: _added_vector, _aten.addmv_: _added_vector,
+    _aten.addr: _outer, _aten.addr_: _outer,
+    _aten._trilinear: _trilinear,
+}
+
+# %% ../../nbs/networks/11_profile.ipynb #d2202728
+# Words in the names of PyTorch's operations that multiply matrices.
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot", "addr",
+             "matmul", "linear", "bilinear", "trilinear", "convolution", "conv", "lstm", "gru",
+             "rnn", "attention", "transformer", "cdist", "euclidean", "einsum"}
+
+
+class _Uncounted(TorchDispatchMode):
+    "Collect the products that the counter around it has no formula for."
+    def __init__(self, counter: FlopCounterMode):
+        super().__init__()
+        self.counter = counter
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        packet = function._overloadpacket
+        words = set(packet.__name__.strip("_").split("_"))
+        # An LSTM's cell in one kernel comes after its products, and only combines their results.
+        is_product = bool(words & _PRODUCTS) and "thnn" not in words
+        is_known = packet in self.counter.flop_registry
+        # Nothing is known of an operation of another package.
+        is_foreign = function.namespace not in ("aten", "prim", "prims")
+        if not is_known and (is_product or is_foreign): self.names.add(str(packet))
+        return function(*args, **kwargs or {})
+
+# %% ../../nbs/networks/11_profile.ipynb #706f3cb9
 def _work(model, shape) -> list[Call]:
     "Calls with their floating-point operations, 2 a multiply-add."
     dry = DryRun(model)
     x = dry.input(shape)
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter:
-        return dry.calls(x, counter.get_total_flops)
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    uncounted = _Uncounted(counter)
+    with torch.no_grad(), uncounted, counter: calls = dry.calls(x, counter.get_total_flops)
+    if not uncounted.names: return calls
+    raise AttnnasError(f"{type(model).__name__} computes {', '.join(sorted(uncounted.names))}, "
+                       "whose work is not known here, so that its cost would come out too low. "
+                       "Write it with matrix products or convolutions, or count the rest alone.")
 
 
 def count_flops(model: nn.Module, shape) -> int:
-    """2 x the multiply-adds of one forward pass of `model` on an input of `shape` (B, C, T, H, W).
+    """Count 2 x the multiply-adds of one forward pass.
 
-    Counted: convolutions, linear layers, matrix products. Not counted: elementwise work, normalisation, pooling.
-    Raises: AttnnasError if the model does not take the shape.
+    Counted: convolutions, linear layers, matrix products. Not counted: elementwise work,
+    normalisation, pooling.
+
+    model: the network.
+    shape: of the input, (B, C, T, H, W), or an example as in `DryRun.input`.
+    Returns: operations.
+    Raises: AttnnasError if the model does not take the shape, and for a product that cannot be
+        counted, such as one of another package; it is named.
     """
     return _totals(_work(model, shape))[""]
 
@@ -60,18 +125,20 @@ class _AsFused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value):
         y = query.new_empty(*query.shape[:-1], value.shape[-1])
-        ctx.save_for_backward(query, key, value, y, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, y, sums)
         return y
 
 
 class _FusedAttention(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention and _has_kernel(*args[:3]): return _AsFused.apply(*args[:3])
-        return function(*args, **kwargs or {})
+        fused = function is F.scaled_dot_product_attention and _has_kernel(*args[:3])
+        return _AsFused.apply(*args[:3]) if fused else function(*args, **kwargs or {})
 
 
 def _has_kernel(query, key, value) -> bool:
-    return query.device.type == "meta" and query.ndim == 4 and query.shape[-1] == key.shape[-1] == value.shape[-1]
+    same_features = query.shape[-1] == key.shape[-1] == value.shape[-1]
+    return query.device.type == "meta" and query.ndim == 4 and same_features
 
 # %% ../../nbs/networks/11_profile.ipynb #e423370e
 def _saved(model, shape, device="meta") -> list[Call]:
@@ -87,15 +154,21 @@ def _saved(model, shape, device="meta") -> list[Call]:
         if storage._cdata not in known: kept.setdefault(storage._cdata, storage)
 
     def total(): return sum(storage.nbytes() for storage in kept.values())
+
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing)
     with torch.enable_grad(), _FusedAttention(), hooks: return dry.calls(x, total)
 
 
 def activation_bytes(model: nn.Module, shape) -> int:
-    """Bytes that one forward pass of `model` in training mode keeps for its backward pass, on an input of `shape`.
+    """Count the bytes that one forward pass in training mode keeps for its backward pass.
 
-    The storages of the tensors that autograd saves, each once, without parameters and buffers; not the peak memory.
-    Raises: AttnnasError if the model does not take the shape, or cannot train on it (batch norm of a single value).
+    They are the storages of the tensors that autograd saves, each once, without parameters and
+    buffers; not the peak memory.
+
+    model, shape: as in `count_flops`.
+    Returns: bytes.
+    Raises: AttnnasError if the model does not take the shape, or cannot train on it (batch norm of
+        a single value).
     """
     return _totals(_saved(model, shape))[""]
 
@@ -114,6 +187,7 @@ def _seconds(model, shape, device, repeats: int) -> dict[str, float]:
     passes = []
 
     def clock(): return _clock(device)
+
     with torch.no_grad():
         dry(x)
         for _ in range(repeats):
@@ -125,80 +199,131 @@ def _seconds(model, shape, device, repeats: int) -> dict[str, float]:
 
 # %% ../../nbs/networks/11_profile.ipynb #11a11a04
 def profile_modules(model: nn.Module, shape, device=None, repeats: int = 5) -> list[dict]:
-    """What each module of `model` costs with all that is inside it, on an input of `shape`; the first row is the whole.
+    """Tell what each module of a network costs, with all that is inside it.
 
-    Rows: {module, type, parameters, multiply_adds, gflops, share (of the work, 0..1), activation_bytes}, as in
-    `count_flops` and `activation_bytes`; None bytes where the model cannot train on the shape. With a `device` ("cpu",
-    "cuda") also seconds, the median of `repeats` forward passes. A module that is not called has no cost.
-    Raises: AttnnasError if the model does not take the shape.
+    model, shape: as in `count_flops`.
+    device: where time is measured, "cpu" or "cuda"; None: it is not.
+    repeats: forward passes whose median is taken.
+    Returns: a row a module, the first one is the whole: {module, type, parameters, multiply_adds,
+        gflops, share (of the work, 0..1), activation_bytes}, as in `count_flops` and
+        `activation_bytes`; None bytes where the model cannot train on the shape. With a device also
+        seconds. A module that is not called has no cost.
+    Raises: AttnnasError as `count_flops`.
     """
     work = _totals(_work(model, shape))
     try: saved = _totals(_saved(model, shape))
     except AttnnasError: saved = None
     seconds = None if device is None else _seconds(model, shape, device, repeats)
-    return [{"module": name, "type": type(module).__name__, "parameters": sum(p.numel() for p in module.parameters()),
-             "multiply_adds": work.get(name, 0) // 2, "gflops": work.get(name, 0) / 1e9,
-             "share": work.get(name, 0) / max(1, work[""]), "activation_bytes": saved and saved.get(name, 0),
-             **({} if seconds is None else {"seconds": seconds.get(name, 0.0)})}
-            for name, module in model.named_modules()]
+    rows = []
+    for name, module in model.named_modules():
+        flops = work.get(name, 0)
+        row = {"module": name, "type": type(module).__name__,
+               "parameters": sum(p.numel() for p in module.parameters()),
+               "multiply_adds": flops // 2, "gflops": flops / 1e9,
+               "share": flops / max(1, work[""]),
+               "activation_bytes": saved and saved.get(name, 0)}
+        if seconds is not None: row["seconds"] = seconds.get(name, 0.0)
+        rows.append(row)
+    return rows
 
-
+# %% ../../nbs/networks/11_profile.ipynb #0fd1b22f
 def profile(model: nn.Module, shape, device=None, repeats: int = 5) -> dict:
-    "{parameters, multiply_adds, gflops, activation_bytes}, and seconds on a `device`: as in `profile_modules`."
+    """Tell what a network costs.
+
+    model, shape, device, repeats: as in `profile_modules`.
+    Returns: {parameters, multiply_adds, gflops, activation_bytes}, and seconds on a device.
+    Raises: AttnnasError as `count_flops`.
+    """
     whole = profile_modules(model, shape, device, repeats)[0]
     return {name: whole[name] for name in whole if name not in ("module", "type", "share")}
 
 
 def profile_sites(model: nn.Module, shape, device=None, repeats: int = 5) -> dict[str, dict]:
-    "Site -> the row of `profile_modules` for what `insert` put there."
+    """Tell what `insert` added.
+
+    model, shape, device, repeats: as in `profile_modules`.
+    Returns: site -> the row of `profile_modules` for what was put there.
+    Raises: AttnnasError as `count_flops`.
+    """
     rows = {row["module"]: row for row in profile_modules(model, shape, device, repeats)}
     return {site: rows[f"{site}.added".removeprefix(".")] for site in inserted(model)}
 
 # %% ../../nbs/networks/11_profile.ipynb #76bd87b0
 def costliest(model: nn.Module, shape, top: int | None = 10) -> list[dict]:
-    """The `top` modules (None: all) by their own work, children left out; all rows add up to the whole.
+    """List the modules by their own work, children left out; all rows add up to the whole.
 
-    Rows: {module, type, parameters (own), gflops, share (of the whole, 0..1)}. Counted as in `count_flops`.
+    model, shape: as in `count_flops`.
+    top: how many; None: all.
+    Returns: rows {module, type, parameters (own), gflops, share (of the whole, 0..1)}.
+    Raises: AttnnasError as `count_flops`.
     """
-    modules, costs = dict(model.named_modules()), _totals(_work(model, shape), own=True)
+    modules = dict(model.named_modules())
+    costs = _totals(_work(model, shape), own=True)
     total = sum(costs.values())
-    return [{"module": name, "type": type(modules[name]).__name__, "gflops": flops / 1e9, "share": flops / total,
-             "parameters": sum(p.numel() for p in modules[name].parameters(recurse=False))}
-            for name, flops in sorted(costs.items(), key=lambda item: -item[1]) if flops][:top]
+    rows = []
+    for name, flops in sorted(costs.items(), key=lambda item: -item[1]):
+        if not flops: continue
+        own = modules[name].parameters(recurse=False)
+        rows.append({"module": name, "type": type(modules[name]).__name__, "gflops": flops / 1e9,
+                     "share": flops / total, "parameters": sum(p.numel() for p in own)})
+    return rows[:top]
 
 # %% ../../nbs/networks/11_profile.ipynb #fbdc5c94
 def profile_table(model: nn.Module, shape, depth: int = 1, device=None, repeats: int = 5) -> str:
-    """`profile_modules` as text: modules at most `depth` names deep, and everything that `insert` put in, with its sum.
+    """Write `profile_modules` as text.
 
-    Raises: AttnnasError if the model does not take the shape.
+    model, shape, device, repeats: as in `profile_modules`.
+    depth: modules at most so many names deep are shown, and everything that `insert` put in, with
+        its sum.
+    Returns: lines.
+    Raises: AttnnasError as `count_flops`.
     """
-    rows, sites = profile_modules(model, shape, device, repeats), inserted(model)
-    added = [row for row in rows if row["module"].removesuffix(".added") in sites and row["module"].endswith("added")]
-    shown = [row for row in rows if row in added or len(row["module"].split(".")) * bool(row["module"]) <= depth]
+    rows = profile_modules(model, shape, device, repeats)
+    sites = [f"{site}.added" for site in inserted(model)]
+    added = [row for row in rows if row["module"] in sites]
+    shown = [row for row in rows if row in added or _depth(row["module"]) <= depth]
     if added: shown.append(_sum(added, f"inserted at {len(added)} site{'s' * (len(added) > 1)}"))
     texts = [_HEADER[:None if device else -1]] + [_texts(row) for row in shown]
     widths = [max(map(len, column)) for column in zip(*texts)]
-    sides = (str.ljust, str.ljust, *[str.rjust] * 5)
-    lines = ["  ".join(pad(*cell) for pad, *cell in zip(sides, line, widths)).rstrip() for line in texts]
-    notes = [f"\nInput: {' x '.join(map(str, shape))}",
-             "GFLOPs: 2 x multiply-adds of convolutions, linear layers and matrix products, in one forward pass",
+    lines = [_line(text, widths) for text in texts]
+    notes = [f"\nInput: {_input(shape)}",
+             "GFLOPs: 2 x multiply-adds of convolutions, linear layers and matrix products, in one "
+             "forward pass",
              "saved: what one forward pass in training mode keeps for the backward pass"]
-    if device: notes.append(f"ms: median of {repeats} forward passes on {device}, in evaluation mode")
+    if device:
+        notes.append(f"ms: median of {repeats} forward passes on {device}, in evaluation mode")
     return "\n".join(lines + notes)
 
 # %% ../../nbs/networks/11_profile.ipynb #43be431e
 _HEADER = ["module", "type", "parameters", "GFLOPs", "share", "saved MiB", "ms"]
 
 
+def _input(example) -> str:
+    shape = shapes_of(example)
+    return " x ".join(map(str, shape)) if all(isinstance(n, int) for n in shape) else str(shape)
+
+
+def _depth(module: str) -> int: return len(module.split(".")) if module else 0
+
+
+def _line(texts: list[str], widths: list[int]) -> str:
+    left = [text.ljust(width) for text, width in zip(texts[:2], widths)]
+    right = [text.rjust(width) for text, width in zip(texts[2:], widths[2:])]
+    return "  ".join(left + right).rstrip()
+
+
 def _texts(row: dict) -> list[str]:
     saved = row["activation_bytes"]
-    texts = [row["module"] or "(whole)", row["type"], f"{row['parameters']:,}", f"{row['gflops']:.4g}",
-             f"{row['share']:.1%}", "-" if saved is None else f"{saved / 2**20:.1f}"]
+    texts = [row["module"] or "(whole)", row["type"], f"{row['parameters']:,}",
+             f"{row['gflops']:.4g}", f"{row['share']:.1%}",
+             "-" if saved is None else f"{saved / 2**20:.1f}"]
     return texts + [f"{1e3 * row['seconds']:.2f}"] if "seconds" in row else texts
 
 
 def _sum(rows: list[dict], name: str) -> dict:
     "One row for several."
-    total = {key: None if value is None else sum(row[key] for row in rows)
-             for key, value in rows[0].items() if key not in ("module", "type")}
-    return {"module": name, "type": "", **total}
+    total = {"module": name, "type": ""}
+    for key, value in rows[0].items():
+        if key in total: continue
+        total[key] = None if value is None else sum(row[key] for row in rows)
+    return total

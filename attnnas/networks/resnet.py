@@ -22,12 +22,16 @@ def _sites(pattern: str) -> tuple[str, ...]:
 
 def _blocks(stage: nn.Module) -> nn.Sequential: return nn.Sequential(*stage.res_blocks)
 
-
+# %% ../../nbs/networks/05_resnet.ipynb #97c6851e
 class ResNetVideo(Backbone):
     """A residual network of pytorchvideo: (B, in_channels, T, H, W) -> scores (B, num_classes).
 
-    `net` is what its create_resnet or create_r2plus1d made, `clip` (T, H, W) the clip whose cost was published.
-    Layers: `stem`; `res2` to `res5`, each its blocks in order; mean over T, H and W; `dropout`; `head`.
+    Its layers are `stem`; `res2` to `res5`, each its blocks in order; the mean over T, H and W;
+    `dropout`; `head`.
+
+    net: what pytorchvideo's create_resnet or create_r2plus1d made.
+    clip: (T, H, W) of the clip whose cost was published.
+    dropout: probability before the classifier.
     Raises: AttnnasError for an input of another shape.
     """
     def __init__(self, net: nn.Module, clip: tuple[int, int, int], dropout: float):
@@ -35,7 +39,8 @@ class ResNetVideo(Backbone):
         super().__init__(stem.conv.in_channels, clip, default_sites=_sites("res{}.{}"))
         self.stem = stem
         for name, stage in zip(STAGES, stages, strict=True): self.add_module(name, _blocks(stage))
-        self.dropout, self.head = nn.Dropout(dropout), head.proj
+        self.dropout = nn.Dropout(dropout)
+        self.head = head.proj
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         for name in ("stem", *STAGES): x = getattr(self, name)(x)
@@ -43,54 +48,79 @@ class ResNetVideo(Backbone):
 
 # %% ../../nbs/networks/05_resnet.ipynb #183f096f
 def _check(num_classes, in_channels, width, dropout, multiple=1):
-    for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("width", width)):
+    numbers = {"num_classes": num_classes, "in_channels": in_channels, "width": width}
+    for name, value in numbers.items():
         if not isinstance(value, int) or value < 1:
             raise AttnnasError(f"{name} must be a whole number above 0, got {value!r}.")
-    if width % multiple: raise AttnnasError(f"width must be a multiple of {multiple}, got {width}.")
-    if not 0 <= dropout < 1: raise AttnnasError(f"dropout must be at least 0 and below 1, got {dropout!r}.")
+    if width % multiple:
+        raise AttnnasError(f"width must be a multiple of {multiple}, got {width}.")
+    if not 0 <= dropout < 1:
+        raise AttnnasError(f"dropout must be at least 0 and below 1, got {dropout!r}.")
 
 
-def i3d_r50(num_classes: int, in_channels: int = 3, width: int = 64, dropout: float = 0.5) -> ResNetVideo:
-    """ResNet-50 inflated to three dimensions, no stride in time (Carreira and Zisserman 2017); five default sites.
+def i3d_r50(num_classes: int, in_channels: int = 3, width: int = 64,
+            dropout: float = 0.5) -> ResNetVideo:
+    """ResNet-50 inflated to three dimensions, no stride in time; five default sites.
 
-    `width`: channels of the stem, of which res2 to res5 have 4, 8, 16 and 32 times as many; `dropout` before the
-    classifier [choice, pytorchvideo's]. The layout is one that explains the talk's 938 GFLOPs. To train on a batch of
-    one clip, batch norm needs 2 frames or 33 pixels on one side. Raises: AttnnasError for a bad option.
+    The layout is one that explains the talk's 938 GFLOPs.
+
+    num_classes: classes.
+    in_channels: channels of a clip. To train on a batch of one clip, batch norm needs 2 frames or
+        33 pixels on one side.
+    width: channels of the stem, of which res2 to res5 have 4, 8, 16 and 32 times as many.
+    dropout: probability before the classifier [choice, pytorchvideo's].
+    Raises: AttnnasError for a bad option.
+    Source: Carreira and Zisserman 2017.
     """
     from pytorchvideo.models.resnet import create_resnet
     _check(num_classes, in_channels, width, dropout)
-    long, short = (3, 1, 1), (1, 1, 1)
+    long = (3, 1, 1)
+    short = (1, 1, 1)
     net = create_resnet(input_channel=in_channels, model_num_class=num_classes, stem_dim_out=width,
                         stem_conv_kernel_size=(5, 7, 7),
-                        stage_conv_a_kernel_size=(long, [long, short], [long, short], [short, long]))
+                        stage_conv_a_kernel_size=(long, [long, short], [long, short],
+                                                  [short, long]))
     return ResNetVideo(net, (64, 256, 256), dropout)
 
 # %% ../../nbs/networks/05_resnet.ipynb #ba6dab6b
 class Pathways(nn.Module):
-    "One stage of SlowFast: both paths, then the fast one's features join the slow one's. (slow, fast) -> [slow, fast]."
+    """Run one stage of SlowFast: (slow, fast) -> [slow, fast].
+
+    slow, fast: the stage of each path.
+    fuse: joins the fast path's features to the slow path's.
+    """
     def __init__(self, slow: nn.Module, fast: nn.Module, fuse: nn.Module):
         super().__init__()
-        self.slow, self.fast, self.fuse = slow, fast, fuse
+        self.slow = slow
+        self.fast = fast
+        self.fuse = fuse
 
     def forward(self, slow: torch.Tensor, fast: torch.Tensor) -> list[torch.Tensor]:
         return self.fuse([self.slow(slow), self.fast(fast)])
 
-
+# %% ../../nbs/networks/05_resnet.ipynb #9165f297
 class SlowFast(Backbone):
     """SlowFast of pytorchvideo: one clip (B, in_channels, T, H, W) -> scores (B, num_classes).
 
-    The fast path reads all T frames, the slow path frames 0, 4, 8 and so on, above which the lateral convolutions are
-    centred. `net` is what create_slowfast made, `clip` (T, H, W) the clip whose cost was published. Layers: `stem`
-    and `res2` to `res5`, each with `slow`, `fast` and `fuse`; the means of both paths; `dropout`; `head`.
+    The fast path reads all T frames. The slow path reads frames 0, 4, 8 and so on, above which the
+    lateral convolutions are centred. Its layers are `stem` and `res2` to `res5`, each with `slow`,
+    `fast` and `fuse`; the means of both paths; `dropout`; `head`.
+
+    net: what pytorchvideo's create_slowfast made.
+    clip: (T, H, W) of the clip whose cost was published.
+    dropout: probability before the classifier.
     Raises: AttnnasError for an input of another shape.
     """
     def __init__(self, net: nn.Module, clip: tuple[int, int, int], dropout: float):
         stem, *stages, _, head = net.blocks
-        super().__init__(stem.multipathway_blocks[0].conv.in_channels, clip, default_sites=_sites("res{}.slow.{}"))
+        in_channels = stem.multipathway_blocks[0].conv.in_channels
+        super().__init__(in_channels, clip, default_sites=_sites("res{}.slow.{}"))
         self.stem = Pathways(*stem.multipathway_blocks, stem.multipathway_fusion)
         for name, stage in zip(STAGES, stages, strict=True):
-            self.add_module(name, Pathways(*map(_blocks, stage.multipathway_blocks), stage.multipathway_fusion))
-        self.dropout, self.head = nn.Dropout(dropout), head.proj
+            paths = map(_blocks, stage.multipathway_blocks)
+            self.add_module(name, Pathways(*paths, stage.multipathway_fusion))
+        self.dropout = nn.Dropout(dropout)
+        self.head = head.proj
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         paths = [x[:, :, ::4], x]
@@ -98,12 +128,19 @@ class SlowFast(Backbone):
         return self.head(self.dropout(torch.cat([path.mean((2, 3, 4)) for path in paths], 1)))
 
 # %% ../../nbs/networks/05_resnet.ipynb #1562e5db
-def slowfast_r50(num_classes: int, in_channels: int = 3, width: int = 64, dropout: float = 0.5) -> SlowFast:
-    """SlowFast 8x8 on ResNet-50: 32 fast and 8 slow frames (Feichtenhofer et al. 2019); five sites on the slow path.
+def slowfast_r50(num_classes: int, in_channels: int = 3, width: int = 64,
+                 dropout: float = 0.5) -> SlowFast:
+    """SlowFast 8x8 on ResNet-50: 32 fast and 8 slow frames; five sites on the slow path.
 
-    The 32 frames are every second one of 64. `width`, a multiple of 8: channels of the slow stem; the fast path has an
-    eighth. `dropout` and the sites [choice]. To train on a batch of one clip, batch norm needs 5 frames or 33 pixels on
-    one side. Raises: AttnnasError for a bad option.
+    The 32 frames are every second one of 64.
+
+    num_classes: classes.
+    in_channels: channels of a clip. To train on a batch of one clip, batch norm needs 5 frames or
+        33 pixels on one side.
+    width: channels of the slow stem, a multiple of 8; the fast path has an eighth.
+    dropout: probability before the classifier [choice, like the sites].
+    Raises: AttnnasError for a bad option.
+    Source: Feichtenhofer et al. 2019.
     """
     from pytorchvideo.models.slowfast import create_slowfast
     _check(num_classes, in_channels, width, dropout, multiple=8)
@@ -112,14 +149,22 @@ def slowfast_r50(num_classes: int, in_channels: int = 3, width: int = 64, dropou
     return SlowFast(net, (32, 256, 256), dropout)
 
 # %% ../../nbs/networks/05_resnet.ipynb #e020973e
-def r2plus1d_r50(num_classes: int, in_channels: int = 3, width: int = 64, dropout: float = 0.5) -> ResNetVideo:
-    """R(2+1)D with pytorchvideo's 50 layers: convolutions split into time and space (Tran et al. 2018); five sites.
+def r2plus1d_r50(num_classes: int, in_channels: int = 3, width: int = 64,
+                 dropout: float = 0.5) -> ResNetVideo:
+    """R(2+1)D with pytorchvideo's 50 layers, split into time and space; five default sites.
 
-    `width`: channels of the stem, of which res2 to res5 have 4, 8, 16 and 32 times as many; `dropout` and the sites
-    [choice]. res4 and res5 halve the frames. To train on a batch of one clip, batch norm needs 5 frames or 33 pixels on
-    one side. Raises: AttnnasError for a bad option.
+    res4 and res5 halve the frames.
+
+    num_classes: classes.
+    in_channels: channels of a clip. To train on a batch of one clip, batch norm needs 5 frames or
+        33 pixels on one side.
+    width: channels of the stem, of which res2 to res5 have 4, 8, 16 and 32 times as many.
+    dropout: probability before the classifier [choice, like the sites].
+    Raises: AttnnasError for a bad option.
+    Source: Tran et al. 2018.
     """
     from pytorchvideo.models.r2plus1d import create_r2plus1d
     _check(num_classes, in_channels, width, dropout)
-    net = create_r2plus1d(input_channel=in_channels, model_num_class=num_classes, stem_dim_out=width)
+    net = create_r2plus1d(input_channel=in_channels, model_num_class=num_classes,
+                          stem_dim_out=width)
     return ResNetVideo(net, (16, 256, 256), dropout)

@@ -16,67 +16,97 @@ from .inception import LAYOUTS, InceptionVideo, Mixed
 from ..core.errors import AttnnasError
 
 # %% ../../nbs/networks/07_zoo.ipynb #330a4004
-C3D_PLAN = {"conv1a": 64, "pool1": (1, 2, 2), "conv2a": 128, "pool2": (2, 2, 2),
-            "conv3a": 256, "conv3b": 256, "pool3": (2, 2, 2), "conv4a": 512, "conv4b": 512, "pool4": (2, 2, 2),
-            "conv5a": 512, "conv5b": 512, "pool5": (2, 2, 2)}
+C3D_PLAN = {
+    "conv1a": 64, "pool1": (1, 2, 2),
+    "conv2a": 128, "pool2": (2, 2, 2),
+    "conv3a": 256, "conv3b": 256, "pool3": (2, 2, 2),
+    "conv4a": 512, "conv4b": 512, "pool4": (2, 2, 2),
+    "conv5a": 512, "conv5b": 512, "pool5": (2, 2, 2),
+}
 
 # %% ../../nbs/networks/07_zoo.ipynb #bc7cb211
 class C3D(Backbone):
-    """C3D: (B, in_channels, T, H, W) -> scores (B, num_classes); T from 1 to 16, H and W from 97 to 128.
+    """C3D: (B, in_channels, T, H, W) -> scores (B, num_classes).
 
-    `batch_norm=True` puts a batch norm behind every convolution, in place of its bias [choice; Carreira and Zisserman
-    2017 did so, and behind the fully connected layers too, which needs two clips]. Modules: those of C3D_PLAN, `fc6`,
-    `fc7`, `fc8`. Source: Tran et al. 2015, section 3; sizes as in their released network; initialisation of He et al.
-    2015, and default sites at the end of the last three groups [choice].
+    It takes T from 1 to 16, H and W from 97 to 128. Its modules are those of C3D_PLAN, `fc6`, `fc7`
+    and `fc8`.
+
+    num_classes: classes.
+    in_channels: channels of a clip.
+    batch_norm: whether a batch norm stands behind every convolution, in place of its bias [choice;
+        Carreira and Zisserman 2017 did so, and behind the fully connected layers too, which needs
+        two clips].
+    dropout: probability behind fc6 and fc7.
     Raises: AttnnasError for a clip of another size.
+    Source: Tran et al. 2015, section 3; sizes as in their released network; initialisation of He et
+        al. 2015, and default sites at the end of the last three groups [choice].
     """
     largest = (16, 128, 128)
 
-    def __init__(self, num_classes: int, in_channels: int = 3, batch_norm: bool = False, dropout: float = 0.5):
-        super().__init__(in_channels, (16, 112, 112), (1, 97, 97), ("conv3b", "conv4b", "conv5b"))
+    def __init__(self, num_classes: int, in_channels: int = 3, batch_norm: bool = False,
+                 dropout: float = 0.5):
+        sites = ("conv3b", "conv4b", "conv5b")
+        super().__init__(in_channels, (16, 112, 112), (1, 97, 97), sites, class_layers=("fc8",))
         channels = in_channels
         for name, plan in C3D_PLAN.items():
-            if isinstance(plan, tuple): self.add_module(name, nn.MaxPool3d(plan, ceil_mode=True))
-            else:
-                norm = [nn.BatchNorm3d(plan)] if batch_norm else []
-                conv = nn.Conv3d(channels, plan, 3, padding=1, bias=not batch_norm)
-                self.add_module(name, nn.Sequential(conv, *norm, nn.ReLU()))
-                channels = plan
-        self.fc6, self.fc7 = nn.Linear(channels * 4 * 4, 4096), nn.Linear(4096, 4096)
+            if isinstance(plan, tuple):
+                self.add_module(name, nn.MaxPool3d(plan, ceil_mode=True))
+                continue
+            norm = [nn.BatchNorm3d(plan)] if batch_norm else []
+            conv = nn.Conv3d(channels, plan, 3, padding=1, bias=not batch_norm)
+            self.add_module(name, nn.Sequential(conv, *norm, nn.ReLU()))
+            channels = plan
+        self.fc6 = nn.Linear(channels * 4 * 4, 4096)
+        self.fc7 = nn.Linear(4096, 4096)
         self.fc8 = nn.Linear(4096, num_classes)
-        self.act, self.dropout = nn.ReLU(), nn.Dropout(dropout)
+        self.act = nn.ReLU()
+        self.dropout = nn.Dropout(dropout)
         self.apply(_he)
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         if any(n > most for n, most in zip(x.shape[2:], self.largest)):
-            raise AttnnasError(f"C3D takes T from 1 to 16 and H, W from 97 to 128, got shape {tuple(x.shape)}: its "
-                               "layer fc6 reads exactly 512 x 1 x 4 x 4 numbers. Cut the clip or resize its frames "
-                               "(published: 16 x 112 x 112).")
+            raise AttnnasError(
+                "C3D takes T from 1 to 16 and H, W from 97 to 128, got shape "
+                f"{tuple(x.shape)}: its layer fc6 reads exactly 512 x 1 x 4 x 4 numbers. Cut the "
+                "clip or resize its frames (published: 16 x 112 x 112).")
         for name in C3D_PLAN: x = getattr(self, name)(x)
         for layer in (self.fc6, self.fc7): x = self.dropout(self.act(layer(x.flatten(1))))
         return self.fc8(x)
 
 # %% ../../nbs/networks/07_zoo.ipynb #6266fcb8
 def _he(module):
-    "Weights of variance 2 / fan-in, biases zero: a ReLU stack without batch norm then keeps its signal's size."
+    """Draw weights of variance 2 / fan-in, and set biases to zero.
+
+    A ReLU stack without batch norm then keeps its signal's size.
+    """
     if not isinstance(module, (nn.Conv3d, nn.Linear)): return
     nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     if module.bias is not None: nn.init.zeros_(module.bias)
 
 
 def c3d(num_classes: int, **options) -> C3D:
-    "C3D: eight 3x3x3 convolutions and three fully connected layers (Tran et al. 2015); T <= 16, 97 <= H, W <= 128."
+    """C3D: eight 3x3x3 convolutions, three fully connected layers; T <= 16, 97 <= H, W <= 128.
+
+    num_classes: classes.
+    options: those of C3D.
+    Source: Tran et al. 2015.
+    """
     return C3D(num_classes, **options)
 
 # %% ../../nbs/networks/07_zoo.ipynb #ea15fc87
 class GridBlock(nn.Module):
-    """A transformer block, then `grid` on its tokens as a map: tokens (B, 1 + T*H*W, C), size -> tokens, size.
+    """Run a transformer block, then `grid` on its tokens as a map.
 
-    `grid` (nn.Identity) gives (B, C, T, H, W): the place for attention. The first token, the class's, goes around it.
+    It maps tokens (B, 1 + T*H*W, C) and their size (T, H, W) to tokens and size. `grid` is an
+    nn.Identity that gives (B, C, T, H, W): the place for attention. The first token, the class's,
+    goes around it.
+
+    block: pytorchvideo's transformer block.
     """
     def __init__(self, block: nn.Module):
         super().__init__()
-        self.block, self.grid = block, nn.Identity()
+        self.block = block
+        self.grid = nn.Identity()
 
     def forward(self, tokens, size):
         tokens, size = self.block(tokens, size)
@@ -85,51 +115,76 @@ class GridBlock(nn.Module):
 
 # %% ../../nbs/networks/07_zoo.ipynb #37f0c432
 class MViT(Backbone):
-    """A multiscale vision transformer: (B, in_channels, T, H, W) of one size, `clip` -> scores (B, num_classes).
+    """A multiscale vision transformer: (B, in_channels, T, H, W) -> scores (B, num_classes).
 
-    Attributes: those of Backbone, `transformer` (pytorchvideo's, with a GridBlock around every block but the last).
+    transformer: pytorchvideo's. Every block but the last is wrapped in a GridBlock.
+    in_channels: channels of a clip.
+    clip: (T, H, W), the one size that it takes.
+    default_sites: as in Backbone.
+    Attributes: those of Backbone, `transformer`.
     Raises: AttnnasError for a clip of another size.
     """
-    def __init__(self, transformer: nn.Module, in_channels: int, clip: tuple[int, int, int], default_sites=()):
-        super().__init__(in_channels, clip, clip, default_sites)
+    def __init__(self, transformer: nn.Module, in_channels: int, clip: tuple[int, int, int],
+                 default_sites=()):
+        super().__init__(in_channels, clip, clip, default_sites,
+                         class_layers=("transformer.head.proj",))
         self.transformer = transformer
-        for i in range(len(transformer.blocks) - 1): transformer.blocks[i] = GridBlock(transformer.blocks[i])
+        blocks = transformer.blocks
+        for i in range(len(blocks) - 1): blocks[i] = GridBlock(blocks[i])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if tuple(x.shape[2:]) != self.smallest:
-            raise AttnnasError(f"This MViT takes clips (B, {', '.join(map(str, self.example_shape[1:]))}) only, got "
-                               f"shape {tuple(x.shape)}: its position embeddings are learnt for one size. Resize the "
-                               "clip, or make the network with frames= and size=.")
+            expected = ", ".join(map(str, self.example_shape[1:]))
+            raise AttnnasError(
+                f"This MViT takes clips (B, {expected}) only, got shape {tuple(x.shape)}: its "
+                "position embeddings are learnt for one size. Resize the clip, or make the network "
+                "with frames= and size=.")
         return super().forward(x)
 
     def scores(self, x: torch.Tensor) -> torch.Tensor: return self.transformer(x)
 
 # %% ../../nbs/networks/07_zoo.ipynb #789171a7
-MVIT_B = {"embed_dim_mul": [[1, 2.0], [3, 2.0], [14, 2.0]], "atten_head_mul": [[1, 2.0], [3, 2.0], [14, 2.0]],
-          "pool_q_stride_size": [[1, 1, 2, 2], [3, 1, 2, 2], [14, 1, 2, 2]],
-          "pool_kv_stride_adaptive": [1, 8, 8], "pool_kvq_kernel": [3, 3, 3]}
+MVIT_B = {
+    "embed_dim_mul": [[1, 2.0], [3, 2.0], [14, 2.0]],
+    "atten_head_mul": [[1, 2.0], [3, 2.0], [14, 2.0]],
+    "pool_q_stride_size": [[1, 1, 2, 2], [3, 1, 2, 2], [14, 1, 2, 2]],
+    "pool_kv_stride_adaptive": [1, 8, 8],
+    "pool_kvq_kernel": [3, 3, 3],
+}
 
+# %% ../../nbs/networks/07_zoo.ipynb #a563fe37
+def mvit_b(num_classes: int, in_channels: int = 3, frames: int = 16, size: int = 224,
+           drop_path: float = 0.0) -> MViT:
+    """MViT-B 16x4, by pytorchvideo; takes clips of `frames` x `size` x `size` and no others.
 
-def mvit_b(num_classes: int, in_channels: int = 3, frames: int = 16, size: int = 224, drop_path: float = 0.0) -> MViT:
-    """MViT-B 16x4 (Fan et al. 2021), by pytorchvideo; takes clips of `frames` x `size` x `size` and no others.
+    It has five default sites, `grid` behind blocks 4, 7, 10, 13 and 14 counted from 0 [choice].
 
-    `drop_path`: stochastic depth's rate in the last block, rising linearly to it; 0 is the library's default. Five
-    default sites, `grid` behind blocks 4, 7, 10, 13 and 14 counted from 0 [choice].
+    num_classes: classes.
+    in_channels: channels of a clip.
+    frames: T, an even number.
+    size: H and W, a multiple of 4.
+    drop_path: stochastic depth's rate in the last block, rising linearly to it; 0 is the library's
+        default.
     Raises: AttnnasError where `frames` is not even or `size` no multiple of 4.
+    Source: Fan et al. 2021.
     """
     from pytorchvideo.models.vision_transformers import create_multiscale_vision_transformers
     if frames < 2 or frames % 2 or size < 4 or size % 4:
-        raise AttnnasError(f"frames={frames}, size={size}: a patch is 2 x 4 x 4. Give an even number of frames, and a "
-                           "size that is a multiple of 4.")
+        raise AttnnasError(f"frames={frames}, size={size}: a patch is 2 x 4 x 4. Give an even "
+                           "number of frames, and a size that is a multiple of 4.")
     transformer = create_multiscale_vision_transformers(
-        spatial_size=size, temporal_size=frames, input_channels=in_channels, head_num_classes=num_classes,
-        droppath_rate_block=drop_path, **MVIT_B)
+        spatial_size=size, temporal_size=frames, input_channels=in_channels,
+        head_num_classes=num_classes, droppath_rate_block=drop_path, **MVIT_B)
     sites = [f"transformer.blocks.{i}.grid" for i in (4, 7, 10, 13, 14)]
     return MViT(transformer, in_channels, (frames, size, size), sites)
 
 # %% ../../nbs/networks/07_zoo.ipynb #b13d182b
 class SelfGate(nn.Module):
-    "sigmoid(W mean(x)) * x, one gate a channel: (B, C, T, H, W) -> the same shape  (Xie et al. 2018)."
+    """Multiply each channel with its gate, sigmoid(W mean(x)): (B, C, T, H, W) -> the same shape.
+
+    channels: C.
+    Source: Xie et al. 2018.
+    """
     def __init__(self, channels: int):
         super().__init__()
         self.linear = nn.Linear(channels, channels, bias=False)
@@ -140,17 +195,23 @@ class SelfGate(nn.Module):
 
 # %% ../../nbs/networks/07_zoo.ipynb #bcfe4f62
 def d3d(num_classes: int, **options) -> InceptionVideo:
-    """S3D-G, the student of D3D: S3D with a SelfGate behind its second 3x3 convolution and behind every branch.
+    """S3D-G, the student of D3D: S3D with a SelfGate behind its second 3x3 filter and every branch.
 
-    `options` are InceptionVideo's (layout, width_multiplier, in_channels, head, separable_stem); its default sites.
-    Sources: Stroud et al. 2020; Xie et al. 2018. `smallest` is what batch norm can train on with a single clip.
+    `smallest` is what batch norm can train on with a single clip.
+
+    num_classes: classes.
+    options: those of InceptionVideo (layout, width_multiplier, in_channels, head, separable_stem).
+    Sources: Stroud et al. 2020; Xie et al. 2018.
     """
     model = InceptionVideo(num_classes, separable=True, **options)
-    branches = [branch for block in model.children() if isinstance(block, Mixed) for branch in block.children()]
-    for unit in [model.get_submodule(name) for name in model.layers if name == "Conv3d_2c_3x3"] + branches:
+    gated = [model.get_submodule(name) for name in model.layers if name == "Conv3d_2c_3x3"]
+    for block in model.children():
+        if isinstance(block, Mixed): gated += block.children()
+    for unit in gated:
         norms = [module for module in unit.modules() if isinstance(module, nn.BatchNorm3d)]
         unit.add_module("gate", SelfGate(norms[-1].num_features))
     plan, _, _ = LAYOUTS[options.get("layout", "full")]
-    stride = math.prod(layer[-1][1] for layer in plan.values() if isinstance(layer[-1], tuple))
-    model.smallest = (1, stride + 1, stride + 1)  # two positions a side are left behind the last stride
+    strides = (layer[-1] for layer in plan.values() if isinstance(layer[-1], tuple))
+    stride = math.prod(height for _, height, _ in strides)
+    model.smallest = (1, stride + 1, stride + 1)  # two positions a side behind the last stride
     return model
