@@ -12,6 +12,7 @@ import time
 
 from .errors import AttnnasError
 
+# %% ../../nbs/core/05_system.ipynb #3fa41c07
 try: import fcntl
 except ImportError: fcntl = None
 
