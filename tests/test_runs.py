@@ -1,6 +1,8 @@
 """Runs: a record is a function of its configuration, and nothing finished is lost."""
 import dataclasses
+import multiprocessing
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -148,3 +150,22 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
         for _ in range(300):
             os.killpg(process.pid, 0)
             time.sleep(0.1)
+
+
+def train_for_long(folder):
+    "Be a worker of a batch, and start a run that takes hours."
+    from attnnas.evidence import executor
+    executor._start_worker(queue.SimpleQueue(), os.getppid())
+    training = TrainingConfig(epochs=10**5, batch_size=8)
+    executor._work("key", RunConfig(data=DATA, training=training), folder, "cpu", 1)
+
+
+def test_a_worker_that_is_told_to_stop_ends(tmp_path):
+    "If this fails, a batch of which an idle worker was killed waits for ever for the others."
+    worker = multiprocessing.get_context("spawn").Process(target=train_for_long, args=(tmp_path,))
+    worker.start()
+    deadline = time.monotonic() + 100
+    while not list(tmp_path.glob("runs/*/checkpoint.safetensors")) and time.monotonic() < deadline: time.sleep(0.05)
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0 and list(tmp_path.glob("runs/*/checkpoint.safetensors"))

@@ -45,6 +45,8 @@ def _keep_memory():
 def _start_worker(messages, parent: int):
     torch.set_num_threads(1)
     _keep_memory()
+    # tqdm's own lock would be a semaphore, which a killed worker leaves behind.
+    tqdm.set_lock(threading.RLock())
     # Ctrl-C reaches the whole terminal; the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     globals().update(_messages=messages)

@@ -96,7 +96,7 @@ class RunRecord:
         values = read_json(path)
         version = values.get("schema_version") if isinstance(values, dict) else None
         if version not in (1, SCHEMA_VERSION):
-            raise AttnnasError(f"{path} is no record of a run: its schema version is {version}, "
+            raise AttnnasError(f"{path} is no record of a run: it has schema version {version}, "
                                f"expected {SCHEMA_VERSION}. Move it away to run it again.")
         try:
             if version == 1: values = upgrade(values, path)
