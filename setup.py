@@ -24,6 +24,8 @@ setup(
     url=settings["git_url"],
     license="Apache-2.0",
     keywords=settings["keywords"],
+    platforms=settings["platforms"].split(),
+    classifiers=[f"Operating System :: {system}" for system in ("POSIX :: Linux", "MacOS")],
     python_requires=f">={settings['min_python']}",
     packages=find_packages(include=["attnnas", "attnnas.*"]),
     package_data={"attnnas.evidence": ["tiers/*.toml"]},

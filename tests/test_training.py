@@ -141,7 +141,7 @@ def test_a_clip_norm_of_zero_clips_nothing():
 def half_trained(path, seed=0, own=1.0, clips=None, model=None, **options):
     "A trainer that stops after two steps, or goes on where another one has stopped."
     def stop(step, steps):
-        if step == 2: signal.raise_signal(signal.SIGINT)
+        if step == 2: signal.raise_signal(signal.SIGTERM)
     model = model or tiny()
     options = dict(epochs=3, batch_size=8) | options
     return Trainer(model, clips or make_clips(), TrainingConfig(**options), seed=seed, checkpoint=path, progress=stop,

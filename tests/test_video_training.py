@@ -45,3 +45,28 @@ def test_a_class_that_training_does_not_have_is_refused(folder, tmp_path, capsys
     shutil.rmtree(first)
     assert train(tmp_path / "videos", tmp_path) == 2
     assert first.name in capsys.readouterr().err
+
+
+def test_training_videos_that_others_stood_in_for_are_in_the_record(folder, tmp_path):
+    "A loss over other videos than those listed is not told by the accuracy; it is told by the record, after a stop too."
+    import shutil
+    import signal
+    from attnnas.evidence.config import RunConfig
+    from attnnas.evidence.run import run
+    from attnnas.evidence.sources import Videos
+    from attnnas.training.loop import Interrupted, TrainingConfig
+    shutil.copytree(folder, tmp_path / "videos")
+    classes = sorted((tmp_path / "videos/train").iterdir())
+    for name in classes[:3]: sorted(name.glob("*.mp4"))[0].write_bytes(b"broken" * 100)
+    sorted(classes[3].glob("*.mp4"))[0].write_bytes(b"")
+    config = RunConfig(Videos(str(tmp_path / "videos"), frames=4, size=16), training=TrainingConfig(epochs=1, batch_size=12))
+    whole = run(config, Store(tmp_path / "whole"), "cpu")
+    assert whole.data["unreadable"] == {"train": {"empty": 1, "not a video": 3}} and whole.processes == 1
+
+    def stop(step, steps): signal.raise_signal(signal.SIGTERM)
+    config.data.open()["train"].lost.clear()
+    with pytest.raises(Interrupted): run(config, Store(tmp_path / "stopped"), "cpu", stop)
+    config.data.open()["train"].lost.clear()  # another process knows nothing of what this one has seen
+    with pytest.raises(Interrupted): run(config, Store(tmp_path / "stopped"), "cpu", stop)
+    config.data.open()["train"].lost.clear()
+    assert run(config, Store(tmp_path / "stopped"), "cpu").data["unreadable"] == whole.data["unreadable"]

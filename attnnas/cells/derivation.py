@@ -89,7 +89,7 @@ def derive(level_weights: torch.Tensor, sink_weights: torch.Tensor, nodes, alpha
 
 # %% ../../nbs/cells/05_derivation.ipynb #b743e54e
 def _exact(weights: torch.Tensor) -> torch.Tensor:
-    return weights.detach().double().cpu()
+    return weights.detach().cpu().double()
 
 
 def _predecessors(level, outputs, beta, margins) -> dict:

@@ -12,6 +12,7 @@ import sys
 
 from . import data, doctor, reproduce, show, train
 from ..core.errors import AttnnasError
+from ..core.system import check_system
 
 # %% ../../nbs/cli/09_main.ipynb #206321ef
 COMMANDS = (reproduce, train, show, doctor)
@@ -46,7 +47,9 @@ def main(argv=None) -> int:
     Returns: the exit code: 0, 2 for bad input, 130 when stopped.
     """
     args = parser().parse_args(argv)
-    try: args.run(args)
+    try:
+        check_system()
+        args.run(args)
     except AttnnasError as error:
         print(f"attnnas {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

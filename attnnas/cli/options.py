@@ -60,7 +60,7 @@ def add_execution(parser: argparse.ArgumentParser, workers: bool = False):
     several.
     """
     parser.add_argument("--device", default="auto",
-                        help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+                        help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=0,
                         help="processes that share each run, one a GPU; 0: as the tier says "
                         "(default: %(default)s)")

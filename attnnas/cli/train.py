@@ -59,6 +59,11 @@ def _train(args):
           f"on {test['count']} clips; {record.parameters:,} parameters, "
           f"{record.gflops:.4g} GFLOPs, "
           f"{record.seconds['wall']:.0f} s.")
+    replaced = record.data.get("unreadable", {}).get("train", {})
+    reasons = ", ".join(f"{count} {reason}" for reason, count in replaced.items())
+    if reasons:
+        print(f"{sum(replaced.values())} of {record.data['train_clips']} training videos could not "
+              f"be read, and others of their classes stood in for them ({reasons}).")
 
 # %% ../../nbs/cli/03_train.ipynb #c24df46e
 def _search(args):

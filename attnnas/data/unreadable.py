@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 
 from ..core.errors import AttnnasError, choose
+from ..core.system import Patience
 from .manifest import file_hash
 
 # %% ../../nbs/data/11_unreadable.ipynb #45634a5b
@@ -75,7 +76,7 @@ def verify(path, expected: str):
 def limited(seconds: float | None, path, work: Callable):
     """Return `work(stop)`, done in a thread of its own.
 
-    seconds: the limit; None for no limit, and no thread.
+    seconds: the limit, in which this process is awake; None for no limit, and no thread.
     path: what is being read, for the error.
     work: takes an Event, which is set when nobody waits for it any more.
     Raises: Unreadable, reason "time-out", when the time is up; what `work` raises.
@@ -90,7 +91,8 @@ def limited(seconds: float | None, path, work: Callable):
 
     thread = threading.Thread(target=run, daemon=True, name=f"decoding {path}")
     thread.start()
-    thread.join(seconds)
+    patience = Patience(seconds)
+    while thread.is_alive() and patience.left() > 0: thread.join(min(1, max(0, patience.left())))
     if not outcome:
         stop.set()
         raise Unreadable(path, "time-out", f"nothing after {seconds:g} seconds")

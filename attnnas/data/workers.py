@@ -6,6 +6,7 @@
 __all__ = ['WorkerDied', 'in_workers']
 
 # %% ../../nbs/data/13_workers.ipynb #406ff81e
+import math
 import signal
 import sys
 import time
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import AttnnasError
+from ..core.system import Patience
 
 # %% ../../nbs/data/13_workers.ipynb #12f1ca79
 class WorkerDied(AttnnasError):
@@ -98,9 +100,13 @@ def _answer(worker: _Worker, task, time_limit: float | None):
     "Wait for a worker's answer. Raises: WorkerDied, or what the function raised."
     process = worker.process
     connection = worker.connection
+    noted = None
     while True:
         ready = wait([connection, process.sentinel], timeout=1)
         since = worker.note[1].item()
+        if since != noted:
+            noted = since
+            patience = Patience(time_limit or math.inf)
         gone = process.sentinel in ready
         if connection in ready:
             try: value, error = connection.recv()
@@ -112,7 +118,7 @@ def _answer(worker: _Worker, task, time_limit: float | None):
                 if error is not None: raise error
                 return value
         if gone: raise _death(worker, task)
-        if time_limit and since and time.monotonic() - since > time_limit:
+        if since and patience.left() < 0:
             process.kill()
             how = f"(process {process.pid}) gave no answer for {time_limit:g} seconds and was ended"
             raise WorkerDied(task, int(worker.note[0]), how)

@@ -26,6 +26,7 @@ from ..core.devices import pick_device
 from ..core.errors import AttnnasError
 from ..core.hashes import canonical_json
 from ..core.options import check_counts
+from ..core.system import core_count
 from .config import RunConfig
 from .run import key_of, run
 from .store import RunRecord, Store
@@ -252,7 +253,7 @@ def execute(configs, store: Store, workers: int = 0, device: str = "auto", show:
 
 # %% ../../nbs/evidence/06_executor.ipynb #013e1dd7
 def _one_a_core(device: str) -> int:
-    return 2 if pick_device(device).type == "cuda" else len(os.sched_getaffinity(0))
+    return core_count() if pick_device(device).type == "cpu" else 2
 
 # %% ../../nbs/evidence/06_executor.ipynb #7b1029a7
 def _failure(waiting: dict, failed: dict) -> AttnnasError:

@@ -103,7 +103,7 @@ def _make(config: RunConfig, key: str, found, store: Store, device: torch.device
         at_once = config.training.at_once
         test = config.data.test(built.model, data["test"], at_once, device, processes)
     record = _record(config, key, built, data, device, test=test, reason=trainer.diverged,
-                     history=trainer.history, seconds=trainer.seconds)
+                     history=trainer.history, seconds=trainer.seconds, processes=processes.count)
     if processes.rank == 0: _keep(record, built.model, store)
     return record
 
@@ -151,12 +151,15 @@ def _try_cells(config: RunConfig, key: str, found, store: Store, device: torch.d
 
 # %% ../../nbs/evidence/05_run.ipynb #5abe1aae
 def _record(config: RunConfig, key: str, built: Built, data: dict, device, *, test: dict | None,
-            reason: str | None, history: list, seconds: dict) -> RunRecord:
+            reason: str | None, history: list, seconds: dict, processes: int = 1) -> RunRecord:
     source = config.data
     # A search's network is not used after it: its cost is that of a clip in training.
     shape = source.trained_shape if config.is_search else source.tested_shape
     counts = {f"{split}_clips": len(clips) for split, clips in data.items()}
     described = {"fingerprint": source.fingerprint, "classes": data["train"].classes}
+    unreadable = {split: clips.summary()["unreadable"] for split, clips in data.items()
+                  if getattr(clips, "lost", None)}
+    if unreadable: described["unreadable"] = unreadable  # in training, others stood in for them
     return RunRecord(
         key=key, config=config.to_dict(), status="diverged" if reason else "finished",
         reason=reason, test=test, history=history,
@@ -165,7 +168,8 @@ def _record(config: RunConfig, key: str, built: Built, data: dict, device, *, te
         peak_memory=peak_memory(device), device=device_name(device),
         threads=torch.get_num_threads(), versions=versions(), data=described | counts,
         source=package_source(), cells={site: cell.to_dict() for site, cell in built.cells.items()},
-        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        processes=processes)
 
 # %% ../../nbs/evidence/05_run.ipynb #95d272e1
 def _keep(record: RunRecord, model: nn.Module, store: Store):

@@ -13,6 +13,7 @@ from functools import lru_cache
 
 from ..core.hashes import content_hash
 from ..core.options import check, from_fields, option, to_plain
+from ..core.system import core_count
 from ..data import pictures, synthetic
 from ..data.cutting import ClipConfig
 from ..data.flow import flow_clips
@@ -151,7 +152,7 @@ class Videos(Source):
 def readers() -> int:
     "Return how many processes decode: this process's share of the cores."
     shared_by = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, len(os.sched_getaffinity(0)) // shared_by)
+    return max(1, core_count() // shared_by)
 
 # %% ../../nbs/evidence/01_sources.ipynb #6476b82e
 @lru_cache(maxsize=2)

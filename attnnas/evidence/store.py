@@ -7,7 +7,6 @@ __all__ = ['SCHEMA_VERSION', 'NEEDED', 'run_key', 'package_source', 'RunRecord',
 
 # %% ../../nbs/evidence/04_store.ipynb #f94b1ee8
 import dataclasses
-import fcntl
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ..core.files import read_json, write_json
 from ..core.hashes import content_hash, source_hash
 from ..core.numbers import NUMBERS
 from ..core.options import from_fields
+from ..core.system import lock_file
 from .config import RunConfig
 
 # %% ../../nbs/evidence/04_store.ipynb #097d55ba
@@ -55,7 +55,8 @@ class RunRecord:
     history: one entry an epoch.
     gflops: 2 x multiply-adds of one clip's forward pass, in units of 1e9.
     seconds: wall and cpu of the training.
-    peak_memory: in MiB.
+    peak_memory: in MiB; None where the system does not say.
+    processes: how many shared the training; their sums are rounded otherwise than those of one.
     cells: {site: genotype} of the cells that were inserted.
     numbers: the NUMBERS of the code that made it.
     source, versions, device, threads, finished: where it comes from.
@@ -69,7 +70,7 @@ class RunRecord:
     parameters: int
     gflops: float
     seconds: dict
-    peak_memory: float
+    peak_memory: float | None
     device: str
     threads: int
     versions: dict
@@ -77,6 +78,7 @@ class RunRecord:
     source: str
     cells: dict
     finished: str
+    processes: int = 1
     numbers: int = NUMBERS
     schema_version: int = SCHEMA_VERSION
 
@@ -258,5 +260,5 @@ class Store:
             raise AttnnasError(f"Could not write {path}: {error.strerror}. Choose a results folder "
                                "that can be written to.") from None
         with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock_file(file)
             yield

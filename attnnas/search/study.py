@@ -9,7 +9,6 @@ __all__ = ['START', 'AnotherStudy', 'Journal', 'Claims', 'describe', 'Study', 'C
 # %% ../../nbs/search/03_study.ipynb #60c37ed7
 import datetime
 import errno
-import fcntl
 import functools
 import json
 import multiprocessing
@@ -33,6 +32,7 @@ from ..core.errors import AttnnasError
 from ..core.hashes import canonical_json, content_hash, source_hash
 from ..core.options import check, check_counts, differences, option
 from ..core.seeds import stream_seed
+from ..core.system import lock_file
 from ..cells.space import SearchSpace
 from ..training.loop import Interrupted
 from .base import (
@@ -99,7 +99,7 @@ class Journal:
             raise AttnnasError(f"Could not open the journal {self.path}: {error.strerror}. "
                                "Choose another path.") from None
         with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock_file(file)
             self._read(file)
             if self.study is None: self.append(file, "study", self.ours)
             self._check_identity()
@@ -180,16 +180,14 @@ class Claims:
         "Open and lock the trial's file; return it, or None if another process has it."
         self.folder.mkdir(exist_ok=True)
         file = open(self.folder / str(number), "w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-        return None if file.closed else file
+        if lock_file(file, wait=False): return file
+        file.close()
+        return None
 
     def wait(self, number: int):
         "Wait until the process that has the trial leaves it or ends."
         with suppress(FileNotFoundError), open(self.folder / str(number)) as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
+            lock_file(file, shared=True)
 
     def drop(self, number: int):
         "Remove the trial's file."

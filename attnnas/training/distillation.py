@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core.errors import AttnnasError, choose
-from ..core.options import check_number
 from ..data.clips import to_float
 from .loop import Scored
 
@@ -37,7 +36,8 @@ class Distillation:
     """
     def __init__(self, teacher: nn.Module, teacher_input: Callable, weight: float = 1.0,
                  at: str = "", student_input: Callable = to_float):
-        check_number("weight", weight, minimum=0)
+        fits = 0 <= weight < float("inf")
+        if not fits: raise AttnnasError(f"weight = {weight}: expected 0 or more.")
         self.teacher = teacher.requires_grad_(False)
         self.teacher_input = teacher_input
         self.student_input = student_input

@@ -27,7 +27,7 @@ from ..core.seeds import generator
 from ..data.clips import read_ahead, to_float
 from ..networks.dry_run import DryRun
 from .checkpoint import load_checkpoint, save_checkpoint
-from .evaluation import Diverged, evaluate
+from .evaluation import Diverged, evaluate, share_losses
 from .processes import ALONE, OneProcess
 
 # %% ../../nbs/training/04_loop.ipynb #d2b200a9
@@ -208,7 +208,12 @@ def _sums_of(scores: torch.Tensor, mean: torch.Tensor, labels: torch.Tensor) -> 
     "Sum loss, hits and clips of a micro-batch: float64 (3,)."
     hits = (scores.argmax(1) == labels).sum()
     clips = torch.full_like(hits, len(labels))
-    return torch.stack([mean * len(labels), hits, clips]).double()
+    return _exact(torch.stack([mean * len(labels), hits, clips]))
+
+
+def _exact(tensor: torch.Tensor) -> torch.Tensor:
+    "Return a tensor in float64, on the CPU where its device (mps) has no such numbers."
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 # %% ../../nbs/training/04_loop.ipynb #893d87b1
 POSITION = ("step", "history", "diverged", "start_loss", "seconds")
@@ -281,7 +286,7 @@ class Trainer:
         self.start_loss = None
         self.seconds = {"wall": 0.0, "cpu": 0.0}
         # Sums of loss, hits and clips of the current epoch.
-        self.totals = torch.zeros(3, dtype=torch.float64, device=device)
+        self.totals = _exact(torch.zeros(3, device=device))
         self._check_batches()
 
     def fit(self) -> list:
@@ -305,6 +310,7 @@ class Trainer:
                 self._train(order.split(self.config.batch_size)[position:], epoch, stop)
                 self._end_epoch()
                 self._keep(stop, ended=True)
+        share_losses(self.clips, self.processes)
         return self.history
 
     def train_batch(self, indices: torch.Tensor, videos=None):
@@ -338,9 +344,10 @@ class Trainer:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         random = self.processes.gather({"cpu": torch.get_rng_state(), "cuda": cuda})
         position = {name: getattr(self, name) for name in POSITION}
+        share_losses(self.clips, self.processes)
         return {"made_for": self.made_for, "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "random": random, "totals": self.totals,
-                "position": position}
+                "position": position, "lost": getattr(self.clips, "lost", {})}
 
     def load_state_dict(self, state: dict):
         """Go to where a state was taken.
@@ -359,6 +366,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         for name, value in state["position"].items(): setattr(self, name, value)
         self.totals.copy_(state["totals"])
+        if state["lost"]: self.clips.lost |= state["lost"]
         random = state["random"][self.processes.rank % len(state["random"])]
         torch.set_rng_state(random["cpu"])
         same_gpus = len(random["cuda"]) == torch.cuda.device_count()
