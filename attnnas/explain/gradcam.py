@@ -71,7 +71,9 @@ def gradcam(model: nn.Module, x: torch.Tensor, layers, classes=None):
     Source: Selvaraju et al. 2017, section 3, equations 1 and 2.
     """
     names = [layers] if isinstance(layers, str) else list(layers)
-    if not x.is_floating_point(): raise AttnnasError(f"Expected floating-point images or clips, as the model takes them, got {x.dtype}.")
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        raise AttnnasError("Expected one tensor of floating-point images or clips, as the model takes them, got "
+                           f"{getattr(x, 'dtype', type(x).__name__)}.")
     modules, kept, handles = _modules(model, names), {}, []
     modes = {module: module.training for module in model.modules()}
     try:

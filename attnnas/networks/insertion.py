@@ -222,9 +222,8 @@ def _check_module(module, name, shape, device):
         raise AttnnasError(f"{what} turns {shape} into {gives}. It must keep the shape.")
 
 # %% ../../nbs/networks/03_insertion.ipynb #4582ce19
-def _put(model: nn.Module, name: str, module: nn.Module, channel_axis: int):
-    "Replace the module called `name` by a site, under all of its names."
-    original = model.get_submodule(name)
+def _put(model: nn.Module, original: nn.Module, module: nn.Module, channel_axis: int):
+    "Replace `original` by a site, under all of its names."
     places = _places(model, original)
     kind = SiteOfSeveral if hasattr(type(original), "__len__") else Site
     site = kind(original, module, channel_axis)
@@ -236,11 +235,14 @@ def _put(model: nn.Module, name: str, module: nn.Module, channel_axis: int):
 @torch.no_grad()
 def _check_runs(dry: DryRun, x, added: dict[str, nn.Module], maps: dict[str, Map]):
     "Put copies of the modules into the copy of the network, and see that each of them runs once."
-    for name, module in added.items():
-        _put(dry.model, name, copy.deepcopy(module).to(dry.device), maps[name].channel_axis)
+    originals = {name: dry.model.get_submodule(name) for name in added}
+    copies = {name: copy.deepcopy(module).to(dry.device) for name, module in added.items()}
+    for name, module in copies.items():
+        _put(dry.model, originals[name], module, maps[name].channel_axis)
+    names = {module: name for name, module in dry.model.named_modules()}
     ran = [call.module for call in dry.calls(x)]
-    for name in added:
-        count = ran.count(f"{name}.added")
+    for name, module in copies.items():
+        count = ran.count(names[module])
         if count == 1: continue
         raise AttnnasError(f"What is inserted at {name!r} would run {count} times in a forward "
                            f"pass: {type(dry.model).__name__} keeps the module in another place "
@@ -269,7 +271,9 @@ def insert(model: nn.Module, what, sites=None, example=None) -> nn.Module:
     added = {name: _make(what, name, maps[name].shape) for name in names}
     for name, module in added.items(): _check_module(module, name, maps[name].shape, dry.device)
     _check_runs(dry, x, added, maps)
+    originals = {name: model.get_submodule(name) for name in names}
     for name, module in added.items():
-        like = home(model.get_submodule(name), model)
-        _put(model, name, module.to(like.device, like.dtype), maps[name].channel_axis)
+        like = home(originals[name], model)
+        module.to(like.device, like.dtype)
+        _put(model, originals[name], module, maps[name].channel_axis)
     return model
