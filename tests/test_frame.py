@@ -6,6 +6,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import nbformat
@@ -25,6 +26,11 @@ CORE = {canonicalize_name(Requirement(text).name) for text in requirements()[""]
 name_of = lambda path: path.relative_to(ROOT).as_posix()
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 each_module = pytest.mark.parametrize("path", MODULES, ids=name_of)
+
+
+@lru_cache
+def cells_of(path) -> list:
+    return nbformat.read(path, as_version=4).cells
 
 
 # ---- dependencies: settings.ini, constraints.txt, environment.yml, Makefile
@@ -142,7 +148,7 @@ def test_cleaning_keeps_the_parameters_tag(tmp_path):
 @pytest.mark.parametrize("path", TEMPLATES, ids=name_of)
 def test_template_has_one_parameters_cell(path):
     "If this fails, papermill cannot hand this template its values, or hands them twice."
-    cells = nbformat.read(path, as_version=4).cells
+    cells = cells_of(path)
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in cells) == 1
 
 
@@ -155,14 +161,14 @@ def test_notebook_names_its_language(path):
 @each_notebook
 def test_notebook_opens_with_title_and_subtitle(path):
     "If this fails, the site's menu and the module's docstring have no text to show."
-    first = nbformat.read(path, as_version=4).cells[0]
+    first = cells_of(path)[0]
     assert first.cell_type == "markdown" and re.match(r"# \S.*\n\n> \S.*", first.source)
 
 
 @each_notebook
 def test_imports_have_cells_of_their_own(path):
     "If this fails, nbdev runs the rest of an import cell when it reads the notebook for its documentation."
-    for cell in nbformat.read(path, as_version=4).cells:
+    for cell in cells_of(path):
         if cell.cell_type != "code": continue
         nodes = ast.parse("\n".join(line for line in cell.source.splitlines() if not line.startswith(("%", "!")))).body
         kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in nodes}
@@ -172,7 +178,7 @@ def test_imports_have_cells_of_their_own(path):
 @each_notebook
 def test_notebook_is_small_enough_to_read(path):
     "If this fails, the notebook wants splitting, or its pictures want to be smaller."
-    code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    code = [cell.source for cell in cells_of(path) if cell.cell_type == "code"]
     lines = [sum(bool(line.strip()) and not line.startswith("#|") for line in source.splitlines()) for source in code]
     assert path.stat().st_size < 300_000
     assert not lines or statistics.median(lines) <= 12
@@ -201,7 +207,7 @@ def test_links_lead_to_files(path, documents):
     "If this fails, a reader clicks on a link of this notebook and finds nothing."
     from notebooks import relink
     targets = []
-    for cell in nbformat.read(path, as_version=4).cells:
+    for cell in cells_of(path):
         if cell.cell_type != "markdown": continue
         relink(cell.source, name_of(path.parent), lambda target: targets.append(target) or target)
     assert [target for target in targets if not (ROOT / target).exists()] == []
@@ -238,11 +244,12 @@ def test_package_uses_no_notebook_tools_and_no_star_imports(path):
     assert [name for name, _ in imports(path) if name.split(".")[0] in ("nbdev", "fastcore", "execnb") or name.endswith("*")] == []
 
 
+@lru_cache
 def exported_modules() -> dict:
     "Module name -> the path of its notebook below nbs/, without the ending."
     found = {}
     for path in LIBRARY:
-        code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+        code = "\n".join(cell.source for cell in cells_of(path) if cell.cell_type == "code")
         for module in re.findall(r"^#\| default_exp (\S+)", code, re.M):
             found[module] = path.relative_to(ROOT / "nbs").with_suffix("")
     return found

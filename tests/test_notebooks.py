@@ -1,37 +1,17 @@
 """The library notebooks run from top to bottom: their examples and assertions are this package's first tests."""
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from lessons import ROOT, run_notebook
+
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb")
                    if not {"paper", ".ipynb_checkpoints"} & set(path.parts))
-
-# A process for each notebook: what one leaves behind in sys.modules or in torch, the next must not see.
-RUN = """
-import sys
-from pathlib import Path
-from nbdev.config import get_config
-from nbdev.test import test_nb
-passed, seconds = test_nb(Path(sys.argv[1]), skip_flags=get_config().tst_flags.split(), basepath=Path.cwd())
-sys.exit(not passed)
-"""
-
-
-def run_notebook(path: Path, scratch: Path) -> subprocess.CompletedProcess:
-    environment = dict(os.environ, IPYTHONDIR=str(scratch), OMP_NUM_THREADS="1")
-    return subprocess.run([sys.executable, "-c", RUN, str(path)], cwd=ROOT, env=environment, timeout=600,
-                          capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.relative_to(ROOT / "nbs").as_posix())
 def test_a_reader_can_run_the_notebook_from_top_to_bottom(path, tmp_path):
     "If this fails, a lesson is wrong: a cell raises, or an assertion in it does not hold."
     done = run_notebook(path, tmp_path)
-    assert done.returncode == 0, f"{path.name}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, f"{path.name}\n{done.output}"
 
 
 def test_a_notebook_with_a_false_assertion_is_noticed(tmp_path):
@@ -42,4 +22,4 @@ def test_a_notebook_with_a_false_assertion_is_noticed(tmp_path):
     notebook = new_notebook(cells=[new_code_cell("assert 1 + 1 == 3")], metadata=kernel)
     nbformat.write(notebook, tmp_path / "wrong.ipynb")
     done = run_notebook(tmp_path / "wrong.ipynb", tmp_path)
-    assert done.returncode == 1 and "assert 1 + 1 == 3" in done.stdout + done.stderr
+    assert done.returncode == 1 and "assert 1 + 1 == 3" in done.output

@@ -25,7 +25,7 @@ from attnnas.networks.non_local import NonLocalBlock
 from attnnas.networks.profile import count_flops
 from attnnas.training.evaluation import in_turns
 from attnnas.training.loop import Trainer, TrainingConfig
-from attnnas.training.processes import OneProcess, launch_command
+from attnnas.training.processes import OneProcess, launch_command, shared_device
 
 STEP = """
 import dataclasses, sys
@@ -127,6 +127,36 @@ def test_a_wrong_run_says_why(config, tmp_path):
         execute([changed(config, data={"train_clips": 17})], Store(tmp_path), 1, "cpu", show=False, processes=2)
 
 
+def test_what_several_processes_cannot_share_is_refused_before_any_work(config, tmp_path):
+    "Otherwise each would be a training of its own, or wait for the others for ever."
+    for device, count, told in (("cuda:0", 2, "cuda|CUDA"), ("cuda", 100, "GPU|CUDA"), ("cpu", 0, "processes must be"), ("cpu", -2, "processes must be")):
+        with pytest.raises(AttnnasError, match=told): execute([config], Store(tmp_path), 1, device, show=False, processes=count)
+    with pytest.raises(AttnnasError, match="workers must be"): execute([config], Store(tmp_path), -1, "cpu", show=False)
+    assert not list(tmp_path.iterdir())
+    if not torch.cuda.is_available(): assert shared_device("auto", 2) == "cpu"
+
+
+ALONE_TOGETHER = """
+import sys
+import torch
+from attnnas.training.processes import processes
+group = processes("auto" if not torch.cuda.is_available() else "cpu")
+if group.rank == 1 and "die" in sys.argv: sys.exit("gone")
+found = group.gather(group.rank)
+print(group.count, found, flush=True)
+"""
+
+
+@pytest.mark.parametrize("die", [False, True])
+def test_processes_on_a_cpu_find_each_other_and_part(tmp_path, die):
+    "With the device left to choose they once did not; one that is gone ends the others, and nothing aborts at the exit."
+    (tmp_path / "script.py").write_text(ALONE_TOGETHER)
+    done = subprocess.run(launch_command(2, [tmp_path / "script.py", *["die"] * die]), capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=60)
+    assert (done.returncode == 0) != die and "SIGABRT" not in done.stderr
+    if not die: assert sorted(done.stdout.split("\n")) == ["", "2 [0, 1]", "2 [0, 1]"]
+
+
 BATCH = """
 import json, sys
 from attnnas.evidence.config import RunConfig
@@ -153,13 +183,36 @@ def test_stopped_and_killed_shared_runs_leave_no_process_and_continue(config, tm
     assert len(short.history) == 25 and not checkpoint.exists()
 
 
+def test_a_killed_process_ends_the_other_and_the_call(config, tmp_path):
+    "Within a minute, with a message, and without an orphan; the same call then continues."
+    config = changed(config, training={"epochs": 1000})
+    (tmp_path / "batch.py").write_text(BATCH)
+    command = [sys.executable, str(tmp_path / "batch.py"), json.dumps(config.to_dict()), str(tmp_path)]
+    batch = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    until(Store(tmp_path).path(key_of(config), "checkpoint.safetensors").exists)
+    os.kill(parts(tmp_path)[1], signal.SIGKILL)
+    _, told = batch.communicate(timeout=90)
+    assert batch.returncode == 1 and "failed or was killed" in told
+    until(lambda: not any(str(tmp_path).encode() in command for command in commands()))
+
+
+def parts(place) -> list:
+    "Ids of the processes that share a run in `place`."
+    found = []
+    for folder in filter(str.isdigit, os.listdir("/proc")):
+        try: command = open(f"/proc/{folder}/cmdline", "rb").read().split(b"\0")
+        except OSError: continue
+        if str(place).encode() in command and b"-m" not in command and b"-c" in command: found.append(int(folder))
+    return found
+
+
 def commands():
     for folder in os.listdir("/proc"):
         try: yield open(f"/proc/{folder}/cmdline", "rb").read()
         except OSError: continue
 
 
-def until(true, seconds: float = 90):
+def until(true, seconds: float = 180):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "waited in vain"

@@ -20,13 +20,31 @@ from attnnas.evidence.registry import EVIDENCE
 from attnnas.evidence.run import key_of
 from attnnas.evidence.store import Store
 from attnnas.evidence.tables.figures import searched_run
-from attnnas.evidence.templates import check_parameters, template_path, unchanged
+from attnnas.evidence.templates import (
+    COMMON, check_parameters, run_template, template_path, unchanged)
 
-TEMPLATES = sorted(path.stem for path in (Path(__file__).parent.parent / "nbs/paper").glob("*.ipynb"))
+TEMPLATES = sorted(path.stem for path in (Path(__file__).parent.parent / "nbs/paper").glob("*.ipynb")
+                   if path.stem != COMMON)
 
 
 def test_every_template_is_registered_and_everything_registered_has_a_template():
-    assert set(TEMPLATES) == set(EVIDENCE)
+    assert set(TEMPLATES) <= set(EVIDENCE) and all(template_path(name).is_file() for name in EVIDENCE)
+
+
+def test_a_table_without_a_template_of_its_own_is_shown_by_the_common_one(monkeypatch):
+    "If this fails, a new table takes a copy of another table's notebook."
+    monkeypatch.setitem(EVIDENCE, "table_9_new", EVIDENCE["table_1_nonlocal"])
+    assert template_path("table_9_new").stem == COMMON
+
+
+def test_the_common_template_makes_the_same_table(smoke, tmp_path):
+    results = shutil.copytree(smoke[0], tmp_path / "results")
+    made = results / "smoke/table_1_nonlocal.csv"
+    before = made.read_bytes()
+    made.unlink()
+    parameters = {"table": "table_1_nonlocal", "tier": "smoke", "results": str(results), "device": "cpu"}
+    run_template(COMMON, parameters, tmp_path / "out.ipynb")
+    assert made.read_bytes() == before
 
 
 @pytest.fixture(scope="module")

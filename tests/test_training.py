@@ -1,4 +1,5 @@
 """Training: stopped anywhere and resumed, it must give the bits of a run that never stopped."""
+import collections
 import json
 import math
 import os
@@ -7,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,7 +20,7 @@ from attnnas.core.seeds import generator, seed_everything
 from attnnas.data.clips import Clips
 from attnnas.training.checkpoint import load_checkpoint, save_checkpoint
 from attnnas.training.evaluation import evaluate, score
-from attnnas.training.loop import Interrupted, Trainer, TrainingConfig, epoch_order, rate
+from attnnas.training.loop import AnotherTraining, Interrupted, Trainer, TrainingConfig, epoch_order, rate
 
 SCRIPT = """
 import sys, torch
@@ -100,7 +103,7 @@ def test_own_rates_are_outside_weight_decay_and_gradient_clip():
     model.forward = lambda x, forward=model.forward: forward(x) * own
     model.own = own
     before = model[0].weight.clone()
-    trainer = Trainer(model, make_clips(), TrainingConfig(epochs=1, batch_size=20, optimizer="sgd", clip_norm=0.0, weight_decay=0.0),
+    trainer = Trainer(model, make_clips(), TrainingConfig(epochs=1, batch_size=20, optimizer="sgd", clip_norm=1e-30, weight_decay=0.0),
                       own_rates=[([own], 0.1)])
     trainer.fit()
     assert torch.equal(model[0].weight, before) and own != 1
@@ -125,6 +128,63 @@ def test_interrupt_between_steps_keeps_a_checkpoint(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
+def test_a_clip_norm_of_zero_clips_nothing():
+    "Zero means 'no clipping' elsewhere; here it once threw every gradient away."
+    trained = []
+    for clip_norm in (0.0, 1e9):
+        trainer = Trainer(tiny(), make_clips(), TrainingConfig(epochs=1, batch_size=8, clip_norm=clip_norm))
+        trainer.fit()
+        trained.append(trainer.model[0].weight)
+    assert trained[0].equal(trained[1])
+
+
+def half_trained(path, seed=0, own=1.0, clips=None, model=None, **options):
+    "A trainer that stops after two steps, or goes on where another one has stopped."
+    def stop(step, steps):
+        if step == 2: signal.raise_signal(signal.SIGINT)
+    model = model or tiny()
+    options = dict(epochs=3, batch_size=8) | options
+    return Trainer(model, clips or make_clips(), TrainingConfig(**options), seed=seed, checkpoint=path, progress=stop,
+                   own_rates=[([model[1].weight], own)])
+
+
+@pytest.mark.parametrize("other, told", [
+    (dict(batch_size=10), "training batch_size is 8 there and 10 here"), (dict(epochs=4), "training epochs is 3 there and 4 here"),
+    (dict(learning_rate=1e-3), "learning_rate"), (dict(optimizer="sgd"), "optimizer"), (dict(micro_batch=4), "micro_batch"),
+    (dict(seed=1), "seed is 0 there and 1 here"), (dict(own=2.0), "own rates"), (dict(clips=make_clips(19)), "clips count is 20 there and 19 here"),
+    (dict(clips=Clips(make_clips().video, make_clips().labels, ["0", "1"], fingerprint="other")), "fingerprint"),
+    (dict(model=nn.Sequential(nn.Conv3d(3, 5, 3), nn.BatchNorm3d(5), nn.ReLU(), nn.Flatten(), nn.Linear(160, 2))), "network 0.bias is .4,. there")])
+def test_a_checkpoint_of_another_training_is_refused(tmp_path, other, told):
+    "The same number of steps is another place in another training: its epochs would be cut short, its rates wrong."
+    with pytest.raises(Interrupted): half_trained(tmp_path / "c").fit()
+    before = (tmp_path / "c").read_bytes()
+    trainer = half_trained(tmp_path / "c", **other)
+    with pytest.raises(AnotherTraining, match=told): trainer.fit()
+    assert trainer.step == 0 and (tmp_path / "c").read_bytes() == before
+    assert len(half_trained(tmp_path / "c").fit()) == 3
+
+
+def test_a_checkpoint_that_does_not_say_what_it_was_made_for_is_refused(tmp_path):
+    with pytest.raises(Interrupted): half_trained(tmp_path / "c").fit()
+    state = load_checkpoint(tmp_path / "c")
+    del state["made_for"]
+    save_checkpoint(tmp_path / "c", state)
+    with pytest.raises(AnotherTraining, match="delete it"): half_trained(tmp_path / "c").fit()
+
+
+@pytest.mark.parametrize("count, batch_size, micro_batch, fits", [(5, 4, 0, False), (5, 4, 1, False), (1, 4, 0, False), (6, 4, 0, True), (5, 5, 3, True)])
+def test_a_batch_that_normalisation_cannot_take_is_refused_before_the_first_step(count, batch_size, micro_batch, fits):
+    "One clip of one value a channel has no variance: the training would end in its last batch."
+    pooled = nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Dropout(0.5), nn.BatchNorm3d(3), nn.Flatten(), nn.Linear(3, 2))
+    state = torch.get_rng_state()
+    make = lambda model: Trainer(model, make_clips(count), TrainingConfig(epochs=1, batch_size=batch_size, micro_batch=micro_batch))
+    if fits: make(pooled).fit()
+    else:
+        with pytest.raises(AttnnasError, match="single value has no variance"): make(pooled)
+        assert torch.get_rng_state().equal(state)
+    make(tiny()).fit()  # its normalisation sees many positions of a clip
+
+
 @pytest.mark.parametrize("wrong", [dict(epochs=0), dict(batch_size=0), dict(optimizer="adam"), dict(learning_rate="fast"), dict(warmup=-1.0)])
 def test_wrong_training_options_are_named(wrong):
     with pytest.raises(AttnnasError, match=next(iter(wrong)).replace("_", ".")): TrainingConfig(**wrong)
@@ -139,6 +199,34 @@ def test_checkpoints_hold_nested_state_and_refuse_damage(tmp_path):
     (tmp_path / "cut").write_bytes(content[: len(content) // 2])
     for name in ("cut", "missing"):
         with pytest.raises(AttnnasError, match=name): load_checkpoint(tmp_path / name)
+
+
+Genotype = collections.namedtuple("Genotype", "normal concat")
+
+
+@pytest.mark.parametrize("value", [
+    Genotype([("sep", 0)], [2, 3]), torch.zeros(2, 3).shape, collections.OrderedDict(a=1), {1: "a", "1": "b", None: 2, True: 3, 2.5: 4}, 10**30,
+    -0.0, math.inf, float("-inf"), "\ud800", (), {}, [[]], {"a/b": 1, "a": {"b": 2}}])
+def test_what_a_checkpoint_holds_comes_back_equal(tmp_path, value):
+    save_checkpoint(tmp_path / "c", {"value": value})
+    assert load_checkpoint(tmp_path / "c")["value"] == value
+
+
+def test_tensors_of_a_checkpoint_come_back_equal(tmp_path):
+    "Names that read alike are two tensors, and a view is its values and not its memory."
+    state = {"a/b": torch.tensor(1), "a": {"b": torch.tensor(2)}, 1: torch.tensor(3), "1": torch.tensor(4),
+             "view": torch.arange(6).view(2, 3).T, "conjugate": torch.tensor([1 + 2j]).conj(), "none": torch.empty(0, 3)}
+    save_checkpoint(tmp_path / "c", state)
+    back = load_checkpoint(tmp_path / "c")
+    assert back["a"]["b"].equal(state["a"]["b"])
+    assert all(back[name].equal(value) for name, value in state.items() if name != "a")
+
+
+@pytest.mark.parametrize("value", [b"bytes", {1, 2}, 1j, np.int64(3), Path("here"), {(1, 2): 3}, object(), torch.eye(2).to_sparse(),
+                                   torch.empty(2, device="meta"), torch.ones(2, dtype=torch.complex128)], ids=repr)
+def test_what_would_not_come_back_is_refused(tmp_path, value):
+    with pytest.raises(AttnnasError, match="cannot hold .*/value"): save_checkpoint(tmp_path / "c", {"value": value})
+    assert not (tmp_path / "c").exists()
 
 
 def test_evaluation_counts_every_clip_once_and_restores_the_mode():

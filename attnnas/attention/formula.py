@@ -8,6 +8,7 @@ __all__ = ['SCALINGS', 'ACTIVATIONS', 'PREPARATIONS', 'COMPATIBILITIES', 'activa
 
 # %% ../../nbs/attention/03_formula.ipynb #2c4dc0d1
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,16 @@ from . import kernels
 from ..core.errors import AttnnasError, choose
 
 # %% ../../nbs/attention/03_formula.ipynb #9dc93a94
+def _softmax(scores: torch.Tensor) -> torch.Tensor:
+    # Half precision is too coarse for one in thousands, before it is multiplied by P.
+    ordinary = scores.softmax(-1, dtype=kernels.wide(scores.dtype))
+    return (ordinary * scores.shape[-1]).to(scores.dtype)
+
+
 SCALINGS = {
     "none": lambda scores: scores,
     "relu": torch.relu,
-    "softmax": lambda scores: scores.softmax(-1) * scores.shape[-1],
+    "softmax": _softmax,
     "sigmoid": torch.sigmoid,
 }
 ACTIVATIONS = tuple(SCALINGS)
@@ -64,15 +71,20 @@ def local(window: int, activation="softmax") -> Callable:
 
     window: the largest distance of a key from the query's place.
     activation: as in `activate`.
-    Returns: a function of scores (..., Q, P).
+    Returns: a function of scores (..., Q, P), which pickles.
     """
-    def scaling(scores: torch.Tensor) -> torch.Tensor:
-        queries, keys = (torch.arange(n, device=scores.device) for n in scores.shape[-2:])
-        far = (queries[:, None] * len(keys) // len(queries) - keys).abs() > window
-        return activate(scores.masked_fill(far, -torch.inf), activation).masked_fill(far, 0)
-    return scaling
+    return partial(_scale_near, window, activation)
+
+
+def _scale_near(window: int, activation, scores: torch.Tensor) -> torch.Tensor:
+    queries, keys = (torch.arange(n, device=scores.device) for n in scores.shape[-2:])
+    far = (queries[:, None] * len(keys) // len(queries) - keys).abs() > window
+    # Not minus infinity: zero times that, in the gradient of a mixture, is NaN.
+    lowest = torch.finfo(scores.dtype).min
+    return activate(scores.masked_fill(far, lowest), activation).masked_fill(far, 0)
 
 # %% ../../nbs/attention/03_formula.ipynb #d7e362d0
+@kernels.in_full_precision(2)
 def attention_weights(query: torch.Tensor, key: torch.Tensor, activation="softmax",
                       scale: float | None = None) -> torch.Tensor:
     """Compute the weights that queries give to keys: p(scale * query . key) / P.
@@ -123,22 +135,30 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, activati
     check_sizes(query, key, value)
     if isinstance(activation, str): choose(activation, SCALINGS, "activation")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-
-    def literal(rows):
-        return _materialised(rows, key, value, activation, scale)
-
-    if callable(activation) or activation == "hard": return literal(query)
+    dtype = kernels.common_type(query, key, value)
+    tensors = [tensor.to(dtype) for tensor in (query, key, value)]
+    if callable(activation) or activation == "hard":
+        return _materialised(*tensors, activation, scale)
     kernels.check_path(path, activation)
-    if path == "auto": path = kernels.best_path(query, key, value, activation)
-    if path == "materialised": return literal(query)
-    if path == "fused": return kernels.fused(query, key, value, scale)
-    if path == "associative": return kernels.associative(query, key, value, scale)
-    if path == "triton": return kernels.triton(query, key, value, activation, scale)
-    if not isinstance(activation, str): return kernels.mixed(query, key, value, activation, scale)
-    if activation in kernels.ELEMENTWISE: return kernels.tiled(query, key, value, activation, scale)
-    return kernels.by_rows(literal, query, key.shape[-2])
+    if path == "auto": path = kernels.best_path(*tensors, activation)
+    if path == "materialised": return _materialised(*tensors, activation, scale)
+    if path == "fused": return kernels.fused(*tensors, scale)
+    if path == "associative": return kernels.associative(*tensors, scale)
+    if path == "triton": return kernels.triton(*tensors, activation, scale)
+    if torch.compiler.is_compiling(): return _by_rows(*tensors, activation, scale)
+    if not isinstance(activation, str): return kernels.mixed(*tensors, activation, scale)
+    if activation in kernels.ELEMENTWISE: return kernels.tiled(*tensors, activation, scale)
+    return _by_rows(*tensors, activation, scale)
 
 
+@kernels.in_full_precision(3)
+def _by_rows(query, key, value, activation, scale):
+    def some(rows): return _materialised(rows, key, value, activation, scale)
+
+    return kernels.by_rows(some, query, key.shape[-2])
+
+
+@kernels.in_full_precision(3)
 def _materialised(query, key, value, activation, scale):
     "Compute attention_weights(...) @ value, with the division by P where it is cheapest."
     scores = (query * scale) @ key.transpose(-2, -1)
@@ -182,11 +202,23 @@ class Additive(nn.Module):
         return self.score(compared.tanh()).squeeze(-1)
 
 # %% ../../nbs/attention/03_formula.ipynb #b3dd719e
-PREPARATIONS = {
-    "dot": lambda q, k: (q, k),
-    "scaled dot": lambda q, k: (q * q.shape[-1] ** -0.5, k),
-    "cosine": lambda q, k: (F.normalize(q, dim=-1), F.normalize(k, dim=-1)),
-}
+@kernels.in_full_precision(2)
+def _weigh(scores, value, activation):
+    "Apply the weights of given scores (..., Q, P) to the values (..., P, V)."
+    return activate(scores, activation) / scores.shape[-1] @ value
+
+
+# Functions with names, so that a module that keeps one of them pickles.
+def _dot(q, k): return q, k
+
+
+def _scaled_dot(q, k): return q * q.shape[-1] ** -0.5, k
+
+
+def _cosine(q, k): return F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+
+
+PREPARATIONS = {"dot": _dot, "scaled dot": _scaled_dot, "cosine": _cosine}
 COMPATIBILITIES = (*PREPARATIONS, "bilinear", "additive")
 
 
@@ -236,7 +268,8 @@ class Attention(nn.Module):
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                 path: str = "auto") -> torch.Tensor:
         check_sizes(query, key, value, same_features=False)
-        if self.compatibility == "additive": return self.weights(query, key) @ value
+        if self.compatibility == "additive":
+            return _weigh(self.compare(query, key), value, self.scaling)
         return attend(*self.compare(query, key), value, self.scaling, 1.0, path)
 
     def extra_repr(self): return f"{self.compatibility}, {self.scaling}"

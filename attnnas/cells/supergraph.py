@@ -103,6 +103,7 @@ class ConnectionWeights(nn.Module):
 def mix(weights: torch.Tensor, features) -> tuple[torch.Tensor, ...]:
     "Return sum_k weights[j, k] * features[k], for every j."
     stacked = torch.stack([f.movedim(1, -1) for f in features])
+    weights = weights.to(stacked.dtype)  # under autocast the features may be of half precision
     return torch.tensordot(weights, stacked, 1).movedim(-1, 2).unbind()
 
 

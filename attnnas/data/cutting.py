@@ -18,20 +18,24 @@ from .flow import BOUND, flow_tensor, to_bytes
 @dataclass(frozen=True)
 class ClipConfig:
     "How clips are cut from videos. The defaults are those of training."
-    frames: int = option(64, "frames a clip", minimum=1)
-    stride: int = option(1, "take every stride-th frame", minimum=1)
-    size: int = option(224, "height and width of a clip in pixels", minimum=1)
+    frames: int = option(64, "frames a clip", minimum=1, maximum=10**5)
+    stride: int = option(1, "take every stride-th frame", minimum=1, maximum=10**5)
+    size: int = option(224, "height and width of a clip in pixels", minimum=1,
+                       maximum=2**14)
     stream: str = option("rgb", "what a clip shows: colours, optical flow, or both",
                          choices=("rgb", "flow", "both"))
-    views: int = option(1, "test clips a video, spread over its length", minimum=1)
+    views: int = option(1, "test clips a video, spread over its length", minimum=1,
+                        maximum=1000)
     crops: int = option(1, "test crops a clip, spread over the long side", choices=(1, 3))
     area: float = option(.25, "training: the smallest share of a picture that a crop shows",
-                         minimum=0)
+                         minimum=.001, maximum=1)
     mirror: bool = option(True, "training: mirror half of the clips")
-    bound: float = option(BOUND, "flow in pixels that becomes the largest byte", minimum=.01)
-    seed: int = option(0, "seed of all that is random")
+    bound: float = option(BOUND, "flow in pixels that becomes the largest byte", minimum=.01,
+                          maximum=10**4)
+    seed: int = option(0, "seed of all that is random", minimum=0, maximum=2**63 - 1)
     backend: str = option("pyav", "the decoder")
-    time_limit: float = option(30., "seconds after which a video is given up", minimum=.1)
+    time_limit: float = option(30., "seconds after which a video is given up", minimum=.1,
+                               maximum=10**6)
     verify: bool = option(True, "compare each file with its hash in the manifest")
 
     def __post_init__(self): check(self)

@@ -63,7 +63,7 @@ class PictureConfig:
     noise: standard deviation of the pixel noise; 1 is the whole range of a colour.
     radius_min, radius_max: of the object, as fractions of the side.
     turn: the object is turned by up to this angle, either way, in radians.
-    Raises: AttnnasError for a side below 16, radii out of order, and noise or turn out of range.
+    Raises: AttnnasError for a value out of range, and radii out of order.
     """
     name: str = "pictures"
     size: int = 64
@@ -74,14 +74,17 @@ class PictureConfig:
     turn: float = .26
 
     def __post_init__(self):
-        if self.size < 16: raise AttnnasError(f"size is {self.size}; expected 16 pixels or more.")
+        for name, low, high in (("size", 16, 2**14), ("blobs", 0, 1000)):
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high:
+                raise AttnnasError(f"{name} is {value!r}; expected a whole number from {low} to "
+                                   f"{high}.")
         if not 0 < self.radius_min <= self.radius_max <= .25:
             raise AttnnasError(f"radii are {self.radius_min} to {self.radius_max}; "
                                "expected 0 < radius_min <= radius_max <= 0.25.")
-        if self.blobs < 0 or not 0 <= self.noise <= .5 or not 0 <= self.turn <= math.pi:
-            raise AttnnasError(
-                f"blobs = {self.blobs}, noise = {self.noise}, turn = {self.turn}; "
-                "expected blobs >= 0, noise 0 to 0.5, turn 0 to pi (radians).")
+        if not 0 <= self.noise <= .5 or not 0 <= self.turn <= math.pi:
+            raise AttnnasError(f"noise = {self.noise}, turn = {self.turn}; "
+                               "expected noise 0 to 0.5, turn 0 to pi (radians).")
 
 
 def benchmark(name: str = "pictures", frames: int = 1, size: int = 64,

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..core.errors import AttnnasError, choose
 from ..core.hashes import content_hash
 from .claims import PROVING, write_claims
-from .config import Tier, load_tier
+from .config import Tier, load_tier, tier_path
 from .executor import execute, with_sources
 from .registry import EVIDENCE, planned
 from .store import Store, package_source
@@ -58,8 +58,9 @@ def reproduce(tier: str = "quick", results="reproduced", templates=(), device: s
     Returns: the paths written.
     Raises: AttnnasError at the end, naming what failed.
     """
+    tier = tier_path(tier)
     setting = load_tier(tier)
-    store = Store(Path(results).resolve())
+    store = Store(results)
     asked = templates or (setting.templates if every else setting.first)
     names = [choose(name, list(EVIDENCE), "template") for name in asked]
     parameters = {"tier": tier, "results": str(store.folder), "device": device, "rebuild": rebuild}
@@ -67,13 +68,14 @@ def reproduce(tier: str = "quick", results="reproduced", templates=(), device: s
     store.rekey()
     failed = []
     if not rebuild:
-        shared = max(1, torch.cuda.device_count()) if setting.batch.get("share") else 1
+        all_gpus = setting.batch.get("share") and device in ("auto", "cuda")
+        shared = max(1, torch.cuda.device_count()) if all_gpus else 1
         runs = planned(setting, names)
         try: _make_runs(runs, store, workers, device, fresh, show, processes or shared)
         except AttnnasError as error: failed.append(str(error))
     written = _make_notebooks(names, parameters, setting, store, show, failed)
     if PROVING & set(names):
-        written += write_claims(setting, store.folder, project_folder() / "results" / "reference")
+        written += write_claims(setting, store, project_folder() / "results" / "reference")
     if failed:
         raise AttnnasError(f"{len(failed)} of {len(names)} parts failed: {' '.join(failed)} The "
                            "others are finished.")
@@ -99,7 +101,7 @@ def _make_notebooks(names: list, parameters: dict, tier: Tier, store: Store, sho
     """
     written = []
     summary = []
-    folder = store.folder / tier.name
+    folder = store.made(tier.name)
     for name in tqdm(names, desc="notebooks", disable=not show, leave=False):
         started = time.monotonic()
         try: state = _make_notebook(name, parameters, tier, store, folder / f"{name}.ipynb")

@@ -6,8 +6,6 @@
 __all__ = ['TABLES', 'AS_MUCH', 'PROVING', 'MEASURED', 'TEXT', 'claimed', 'together', 'claim_line', 'cost_line', 'write_claims']
 
 # %% ../../nbs/evidence/07_claims.ipynb #e4b99124
-from pathlib import Path
-
 import numpy as np
 
 from ..core.files import write_atomic
@@ -110,16 +108,16 @@ TEXT = (
     "{as_much} times. What is not listed as measured was not run.\n")
 
 
-def write_claims(tier: Tier, results, reference) -> list:
-    """Write `results`/<tier>/claims.md from the records that are there, whatever made them.
+def write_claims(tier: Tier, store: Store, reference) -> list:
+    """Write claims.md from the records that are there, whatever made them.
 
-    tier: the tier. A table without records gives lines that say so.
-    results: the folder of records and results.
+    tier: the tier. A table that it does not make, or that has no records, gives lines that say so.
+    store: where records are, and where claims.md goes.
     reference: the folder of the published tables.
     Returns: the path of the file, in a list.
     """
     import pandas as pd
-    collected = {name: _collected(TABLES[name], tier, Store(results)) for name in sorted(PROVING)}
+    collected = {name: _collected(TABLES[name], tier, store) for name in sorted(PROVING)}
 
     def line(table, pair):
         talk = published(reference, table.published.file)
@@ -130,11 +128,13 @@ def write_claims(tier: Tier, results, reference) -> list:
     lines.append(cost_line(first.rows, first.searches))
     lines += [line(*claim) for claim in claimed(ours=True)]
     shown = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
-    path = Path(results) / tier.name / "claims.md"
+    path = store.made(tier.name) / "claims.md"
     write_atomic(path, TEXT.format(tier=tier.name, lines=shown, as_much=AS_MUCH))
     return [path]
 
 # %% ../../nbs/evidence/07_claims.ipynb #6fac1923
 def _collected(table: Table, tier: Tier, store: Store) -> Collected:
+    nothing = Collected([], [], [])
+    if table.name not in tier.templates: return nothing
     try: return collect(table.plan(tier), store, rebuild=True)
-    except NoRecord: return Collected([], [], [])
+    except NoRecord: return nothing

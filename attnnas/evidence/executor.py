@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from tqdm import tqdm
@@ -25,10 +25,11 @@ from tqdm import tqdm
 from ..core.devices import pick_device
 from ..core.errors import AttnnasError
 from ..core.hashes import canonical_json
+from ..core.options import check_counts
 from .config import RunConfig
 from .run import key_of, run
 from .store import RunRecord, Store
-from ..training.processes import launch_command, processes
+from ..training.processes import launch_command, processes, shared_device
 
 # %% ../../nbs/evidence/06_executor.ipynb #d1338e76
 def _keep_memory():
@@ -91,15 +92,24 @@ def _run_shared(key: str, config: RunConfig, store: Store, device: str, count: i
         child = subprocess.Popen(launch_command(count, arguments), stdin=subprocess.PIPE,
                                  stdout=subprocess.PIPE, stderr=errors, text=True)
     before = signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
+    threading.Thread(target=_end_with, args=(child,), daemon=True).start()
     failed = None
     for told in map(_read_line, child.stdout):
         if "step" in told: progress(told["step"], told["steps"])
         failed = failed or told.get("error")
     ended = child.wait()
     signal.signal(signal.SIGTERM, before)
-    if ended: raise AttnnasError(failed or f"one of {count} processes failed; see {log}")
+    if ended:
+        raise AttnnasError(failed or f"one of {count} processes failed or was killed; see {log}. "
+                           "The same command continues")
     log.unlink()
     return store.get(key)
+
+
+def _end_with(child: subprocess.Popen):
+    "Tell the processes of a launcher that has ended, even killed, to end too."
+    child.wait()
+    with suppress(OSError): child.stdin.close()
 
 # %% ../../nbs/evidence/06_executor.ipynb #f11bc5c8
 def _read_line(line: str) -> dict:
@@ -212,6 +222,10 @@ def execute(configs, store: Store, workers: int = 0, device: str = "auto", show:
     """
     configs = list(configs)
     if rebuild: return _stored(configs, store)
+    check_counts(0, workers=workers)
+    check_counts(1, processes=processes)
+    if processes > 1: shared_device(device, processes)
+    else: pick_device(device)
     runs = with_sources(configs)
     records = {key: store.get(key) for key in runs}
     waiting = {key: runs[key] for key, record in records.items() if record is None}

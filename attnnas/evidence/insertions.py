@@ -15,7 +15,7 @@ from torch import nn
 from ..cells.derivation import random_cell
 from ..cells.spec import CellSpec
 from ..core.errors import AttnnasError, choose
-from ..core.options import check, from_fields, option, to_plain
+from ..core.options import check, check_number, from_fields, option, to_plain
 from ..networks.insertion import insert
 from ..networks.non_local import NonLocalBlock
 from ..search.base import SearchResult
@@ -114,12 +114,12 @@ BETA = "predecessors that derivation keeps of each node"
 class RandomCell(Insertion):
     "A cell derived from connection weights that are drawn by the run's seed, at every site."
     kind: ClassVar[str] = "random"
-    levels: int = option(4, "levels m of the supergraph", minimum=1)
-    width: int = option(64, "channels d inside the cell", minimum=1)
+    levels: int = option(4, "levels m of the supergraph", minimum=1, maximum=64)
+    width: int = option(64, "channels d inside the cell", minimum=1, maximum=2**16)
     activations: str = option("mixture", "an operation's activation is fixed by its type, or drawn",
                               choices=("fixed", "mixture"))
-    alpha: int = option(3, ALPHA, minimum=1)
-    beta: int = option(2, BETA, minimum=1)
+    alpha: int = option(3, ALPHA, minimum=1, maximum=10**4)
+    beta: int = option(2, BETA, minimum=1, maximum=10**4)
     sites: tuple = option((), SITES)
 
     def cells(self, model, seed, found=None) -> dict:
@@ -137,16 +137,22 @@ class DerivedCell(Insertion):
     """
     kind: ClassVar[str] = "derived"
     search: object = option(None, "the RunConfig of the search")
-    alpha: int = option(3, ALPHA, minimum=1)
-    beta: int = option(2, BETA, minimum=1)
+    alpha: int = option(3, ALPHA, minimum=1, maximum=10**4)
+    beta: int = option(2, BETA, minimum=1, maximum=10**4)
     sites: tuple = option((), SITES)
 
     def __post_init__(self):
         super().__post_init__()
         kind = getattr(getattr(self.search, "insertion", None), "kind", None)
-        if kind == Search.kind: return
-        raise AttnnasError("A derived cell needs the configuration of its search, a run that "
-                           f"inserts a search; got {kind or self.search!r}.")
+        if kind != Search.kind:
+            raise AttnnasError("A derived cell needs the configuration of its search, a run that "
+                               f"inserts a search; got {kind or self.search!r}.")
+        # Derivation would refuse these too, but only after the search.
+        options = self.search.insertion.search
+        if isinstance(options, SearchConfig):
+            nodes = len(options.nodes)
+            check_number("alpha", self.alpha, 1, options.levels * nodes, ALPHA)
+            check_number("beta", self.beta, 1, nodes, BETA)
 
     @property
     def needs(self): return self.search

@@ -11,19 +11,18 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
-import safetensors.torch
 import torch
 from torch import nn
 
 from ..cells.spec import CellSpec
 from ..core.devices import device_name, peak_memory, pick_device, versions
 from ..core.errors import AttnnasError
-from ..core.files import write_atomic
 from ..core.seeds import stream_seed
 from .config import Built, RunConfig
 from .insertions import GivenCell
 from .store import RunRecord, Store, package_source, run_key
 from ..networks.profile import count_flops
+from ..networks.weights import load_weights, save_weights
 from ..search.cost import training_multiply_adds
 from ..search.base import EVERY_SITE, SearchResult, Trial, TrialLog
 from ..search.differentiable import result_of, search_trainer
@@ -171,10 +170,7 @@ def _record(config: RunConfig, key: str, built: Built, data: dict, device, *, te
 # %% ../../nbs/evidence/05_run.ipynb #95d272e1
 def _keep(record: RunRecord, model: nn.Module, store: Store):
     "Write weights, then the record; the checkpoint has served."
-    weights = {name: tensor.detach().cpu().contiguous().clone()
-               for name, tensor in model.state_dict().items()}
-    path = store.path(record.key, "weights.safetensors")
-    write_atomic(path, safetensors.torch.save(weights))
+    save_weights(model, store.path(record.key, "weights.safetensors"))
     store.put(record)
     store.path(record.key, "checkpoint.safetensors").unlink(missing_ok=True)
 
@@ -190,5 +186,5 @@ def load_model(record: RunRecord, store: Store) -> nn.Module:
                            "a fresh start.")
     cells = {site: CellSpec.from_dict(cell) for site, cell in record.cells.items()}
     model = record.run.build(len(record.data["classes"]), cells=cells, start=False).model
-    model.load_state_dict(safetensors.torch.load(path.read_bytes()))
+    load_weights(model, path)
     return model.eval()

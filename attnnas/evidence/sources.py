@@ -31,8 +31,8 @@ class Source:
                        "(split/class/clip.mp4), or a manifest (.csv)")
     modality: str = option("rgb", "what a clip shows: colours, optical flow estimated from them, "
                            "or both", choices=tuple(CHANNELS))
-    frames: int = option(16, "frames T of a clip; pictures have one", minimum=1)
-    size: int = option(32, "height and width of a clip in pixels", minimum=16)
+    frames: int = option(16, "frames T of a clip; pictures have one", minimum=1, maximum=10**5)
+    size: int = option(32, "height and width of a clip in pixels", minimum=16, maximum=2**14)
 
     def __post_init__(self): check(self)
 
@@ -62,10 +62,14 @@ GENERATORS = {"A": synthetic, "B": synthetic, "A-easy": synthetic, "pictures": p
 @dataclass(frozen=True)
 class Generated(Source):
     "Clips that a module of this package makes."
-    train_clips: int = option(3000, "training clips of a generated set", minimum=1)
-    validation_clips: int = option(500, "validation clips, watched while training", minimum=1)
-    test_clips: int = option(1000, "test clips, looked at once, at the end", minimum=1)
-    data_seed: int = option(0, "seed of a generated set, and of the crops of videos", minimum=0)
+    train_clips: int = option(3000, "training clips of a generated set", minimum=1,
+                             maximum=10**8)
+    validation_clips: int = option(500, "validation clips, watched while training", minimum=1,
+                                  maximum=10**8)
+    test_clips: int = option(1000, "test clips, looked at once, at the end", minimum=1,
+                            maximum=10**8)
+    data_seed: int = option(0, "seed of a generated set, and of the crops of videos", minimum=0,
+                           maximum=2**63 - 1)
 
     def open(self) -> dict:
         "Return {split: its clips}, made once in a process."
@@ -111,12 +115,14 @@ STREAMS = {"rgb": "rgb", "flow": "flow", "rgb+flow": "both"}
 class Videos(Source):
     "Clips of encoded videos, from a manifest or a folder."
     test_split: str = option("test", "the split of a manifest that is tested on")
-    test_frames: int = option(0, "frames of a test clip; 0: as in training", minimum=0)
+    test_frames: int = option(0, "frames of a test clip; 0: as in training", minimum=0,
+                              maximum=10**5)
     test_size: int = option(0, "height and width of a test clip in pixels; 0: as in training",
-                            minimum=0)
+                            minimum=0, maximum=2**14)
     flow: str = option("", "the folder of a manifest's flow files",
                        when={"modality": ("flow", "rgb+flow")})
-    data_seed: int = option(0, "seed of a generated set, and of the crops of videos", minimum=0)
+    data_seed: int = option(0, "seed of a generated set, and of the crops of videos", minimum=0,
+                           maximum=2**63 - 1)
 
     @property
     def listed(self) -> bool:

@@ -150,7 +150,13 @@ def _upgrade_insertion(old: dict, model: dict) -> dict:
 class Store:
     "The runs below `folder`/runs."
 
-    def __init__(self, folder): self.folder = Path(folder)
+    def __init__(self, folder): self.folder = Path(folder).resolve()
+
+    def made(self, tier: str) -> Path:
+        "Return the folder of a tier's tables and pictures; it is made where it is missing."
+        folder = self.folder / tier
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def path(self, key: str, name: str = "record.json") -> Path:
         """Return a file of the run `key`: record.json, weights.safetensors or

@@ -13,29 +13,41 @@ from .overlay import to_heat
 
 # %% ../../nbs/explain/03_localisation.ipynb #5412d825
 def chance(objects: torch.Tensor) -> torch.Tensor:
-    "The share of each image (B, H, W), or clip (B, T, H, W), that its object covers: (B,)."
+    """Return the share of each image or clip that its object covers.
+
+    objects: bool (B, H, W) or (B, T, H, W).
+    Returns: (B,).
+    """
     return objects.flatten(1).double().mean(1)
 
-
+# %% ../../nbs/explain/03_localisation.ipynb #5d202d06
 def _check(mask: torch.Tensor, objects: torch.Tensor):
-    if objects.dtype != torch.bool or mask.ndim not in (4, 5) or objects.ndim != mask.ndim - 1 or len(objects) != len(mask):
-        raise AttnnasError(f"Expected masks (B, C, h, w) and objects, bool, (B, H, W), or the same with t and T, got "
-                           f"{tuple(mask.shape)} and {tuple(objects.shape)} of {objects.dtype}.")
+    fits = objects.ndim == mask.ndim - 1 and len(objects) == len(mask)
+    if objects.dtype != torch.bool or mask.ndim not in (4, 5) or not fits:
+        raise AttnnasError("Expected masks (B, C, h, w) and objects, bool, (B, H, W), or the same "
+                           f"with t and T, got {tuple(mask.shape)} and {tuple(objects.shape)} of "
+                           f"{objects.dtype}.")
     if not mask.isfinite().all(): raise AttnnasError("The mask holds NaN or infinity.")
-    if not objects.flatten(1).any(1).all():
-        raise AttnnasError(f"Image {objects.flatten(1).any(1).logical_not().nonzero()[0].item()} has no object. Leave it out.")
+    is_empty = objects.flatten(1).any(1).logical_not()
+    if is_empty.any():
+        raise AttnnasError(f"Image {is_empty.nonzero()[0].item()} has no object. Leave it out.")
 
 # %% ../../nbs/explain/03_localisation.ipynb #ba81ce6c
 def pointing_game(mask: torch.Tensor, objects: torch.Tensor) -> torch.Tensor:
-    """1 where the peak of a mask lies on the object, else 0: masks (B, C, h, w), objects bool (B, H, W) -> (B,).
+    """Score 1 where the peak of a mask lies on the object, else 0; of equal peaks the share.
 
-    Clips: (B, C, t, h, w) and (B, T, H, W). Channels are averaged; a cell stands for the pixel at its centre; of equal
-    peaks the share that hits. Raises: AttnnasError for other shapes and for an image without an object.
+    Channels are averaged; a cell stands for the pixel at its centre.
+
+    mask: (B, C, h, w), or (B, C, t, h, w) on clips.
+    objects: bool (B, H, W), or (B, T, H, W) on clips.
+    Returns: (B,).
+    Raises: AttnnasError for other shapes and for an image without an object.
     Source: Zhang et al. 2018, without their tolerance of 15 pixels [choice]; equal peaks [choice].
     """
     _check(mask, objects)
     heat = mask.double().mean(1)
-    peaks = heat == heat.flatten(1).amax(1).view(-1, *[1] * (heat.ndim - 1))
+    highest = heat.flatten(1).amax(1)
+    peaks = heat == highest.view(-1, *[1] * (heat.ndim - 1))
     for axis, (pixels, cells) in enumerate(zip(objects.shape[1:], heat.shape[1:]), 1):
         centres = (2 * torch.arange(cells, device=objects.device) + 1) * pixels // (2 * cells)
         objects = objects.index_select(axis, centres)
@@ -43,14 +55,21 @@ def pointing_game(mask: torch.Tensor, objects: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/explain/03_localisation.ipynb #a4ee800f
 def mass_inside(mask: torch.Tensor, objects: torch.Tensor) -> torch.Tensor:
-    """The share of a mask's sum that lies on the object: masks >= 0 (B, C, h, w), objects bool (B, H, W) -> (B,).
+    """Return the share of a mask's sum that lies on the object.
 
-    Clips: (B, C, t, h, w) and (B, T, H, W). Channels are averaged, pixels as in `to_heat`. A mask of zeros scores chance.
-    Raises: AttnnasError for negative masks, other shapes, and an image without an object. Source: Wang et al. 2020
-    (Score-CAM), section 4; zeros [choice].
+    Channels are averaged, pixels as in `to_heat`.
+
+    mask: >= 0, (B, C, h, w), or (B, C, t, h, w) on clips.
+    objects: bool (B, H, W), or (B, T, H, W) on clips.
+    Returns: (B,); a mask of zeros scores chance.
+    Raises: AttnnasError for negative masks, other shapes, and an image without an object.
+    Source: Wang et al. 2020 (Score-CAM), section 4; zeros [choice].
     """
     _check(mask, objects)
-    if (mask < 0).any(): raise AttnnasError(f"The mask reaches {mask.min():.3g}; a mass cannot be negative. Scale it to 0 to 1 first.")
+    if (mask < 0).any():
+        raise AttnnasError(f"The mask reaches {mask.min():.3g}; a mass cannot be negative. "
+                           "Scale it to 0 to 1 first.")
     heat = to_heat(mask, objects.shape[1:]).double().flatten(1)
     total = heat.sum(1)
-    return torch.where(total > 0, (heat * objects.flatten(1)).sum(1) / total.where(total > 0, 1), chance(objects))
+    inside = (heat * objects.flatten(1)).sum(1)
+    return torch.where(total > 0, inside / total.where(total > 0, 1), chance(objects))

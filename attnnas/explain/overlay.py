@@ -13,44 +13,61 @@ from ..core.errors import AttnnasError
 
 # %% ../../nbs/explain/02_overlay.ipynb #5a97bed0
 def to_heat(mask: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
-    """A mask (B, C, h, w), or (B, C, t, h, w) on clips, at every pixel: (B, *size), `size` (H, W) or (T, H, W).
+    """Bring a mask to pixels: its mean over channels, of the cell that a pixel's centre lies in.
 
-    The mean over channels; a pixel takes the weight of the cell that its centre lies in. Raises: AttnnasError for
-    a size that has other axes than the mask.
+    mask: (B, C, h, w), or (B, C, t, h, w) on clips.
+    size: (H, W), or (T, H, W) on clips.
+    Returns: (B, *size).
+    Raises: AttnnasError for a size that has other axes than the mask.
     """
     if mask.ndim not in (4, 5) or len(size) != mask.ndim - 2:
-        raise AttnnasError(f"Expected a mask (B, C, h, w) and a size (H, W), or (B, C, t, h, w) and (T, H, W), got "
-                           f"{tuple(mask.shape)} and {tuple(size)}.")
-    return F.interpolate(mask.detach().float().mean(1, keepdim=True), tuple(size), mode="nearest-exact")[:, 0]
+        raise AttnnasError("Expected a mask (B, C, h, w) and a size (H, W), or (B, C, t, h, w) and "
+                           f"(T, H, W), got {tuple(mask.shape)} and {tuple(size)}.")
+    mean = mask.detach().float().mean(1, keepdim=True)
+    return F.interpolate(mean, tuple(size), mode="nearest-exact")[:, 0]
 
 
 def scaled(heat: torch.Tensor) -> torch.Tensor:
-    """Each of (B, ...) from its minimum to its maximum, as 0 to 1; a map that is the same everywhere becomes 0.
+    """Scale each map linearly, its minimum to 0 and its maximum to 1.
 
-    All frames of a clip share one scale.
+    heat: (B, ...); all frames of a clip share one scale.
+    Returns: the same shape; a map that is the same everywhere becomes 0.
     """
-    low, high = heat.flatten(1).amin(1), heat.flatten(1).amax(1)
-    span = high - low
-    each = lambda numbers: numbers.view(-1, *[1] * (heat.ndim - 1))
-    return (heat - each(low)) / each(span.where(span > 0, 1))
+    def for_each(numbers): return numbers.view(-1, *[1] * (heat.ndim - 1))
+
+    low = heat.flatten(1).amin(1)
+    span = heat.flatten(1).amax(1) - low
+    return (heat - for_each(low)) / for_each(span.where(span > 0, 1))
 
 # %% ../../nbs/explain/02_overlay.ipynb #0393e10b
 def combine(masks, size: tuple[int, ...]) -> torch.Tensor:
-    "The mean of several masks (a dictionary or a list) of one model, each by `to_heat` and `scaled`: (B, *size). Source: poster."
+    """Average several masks of one model, each by `to_heat` and `scaled`.
+
+    masks: a dictionary or a list of masks (B, C, h, w) or (B, C, t, h, w).
+    size: as in `to_heat`.
+    Returns: (B, *size).
+    Raises: AttnnasError for no masks.
+    Source: poster.
+    """
     masks = list(masks.values() if hasattr(masks, "values") else masks)
     if not masks: raise AttnnasError("No masks to combine.")
     return torch.stack([scaled(to_heat(mask, size)) for mask in masks]).mean(0)
 
 # %% ../../nbs/explain/02_overlay.ipynb #f4e8bf3b
 def overlay(image: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
-    """Colours (H, W, 3) in [0, 1] of an image (3, H, W), uint8 or in [0, 1], under a heat (H, W) in [0, 1].
+    """Lay a heat in colours over an image in grey.
 
+    image: (3, H, W), uint8 or in [0, 1].
+    heat: (H, W) in [0, 1].
+    Returns: colours (H, W, 3) in [0, 1].
     Raises: AttnnasError for other shapes and for a heat that is not scaled.
     """
     if image.ndim != 3 or len(image) != 3 or heat.shape != image.shape[1:]:
-        raise AttnnasError(f"Expected an image (3, H, W) and a heat (H, W), got {tuple(image.shape)} and {tuple(heat.shape)}.")
+        raise AttnnasError("Expected an image (3, H, W) and a heat (H, W), got "
+                           f"{tuple(image.shape)} and {tuple(heat.shape)}.")
     if heat.min() < 0 or heat.max() > 1:
-        raise AttnnasError(f"This heat runs from {heat.min():.3g} to {heat.max():.3g}. Use scaled(heat) first.")
+        raise AttnnasError(f"This heat runs from {heat.min():.3g} to {heat.max():.3g}. "
+                           "Use scaled(heat) first.")
     from matplotlib import colormaps
     grey = image.cpu().float().mean(0) / (255 if image.dtype == torch.uint8 else 1)
     heat = heat.detach().cpu()
@@ -60,22 +77,29 @@ def overlay(image: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/explain/02_overlay.ipynb #c031fd3b
 def attention_table(image: torch.Tensor, rows: dict[str, dict[str, torch.Tensor]], index: int = 0):
-    """The poster's table for one image: a row a model, a column a stage, and "combined"; returns the Figure.
+    """Draw the poster's table for one image: a row a model, a column a stage, and "combined".
 
-    image (3, H, W), uint8 or in [0, 1]; `rows`: model -> {stage: mask (B, C, h, w)}, of which number `index` is of the image.
+    image: (3, H, W), uint8 or in [0, 1].
+    rows: {model: {stage: mask (B, C, h, w)}}.
+    index: the number of the image in the batches of masks.
+    Returns: the Figure.
     Raises: AttnnasError where rows have different stages.
     """
     import matplotlib.pyplot as plt
     stages = list(next(iter(rows.values()), {}))
     if not stages or any(list(masks) != stages for masks in rows.values()):
-        raise AttnnasError(f"Expected the same stages in every row, got { {name: list(masks) for name, masks in rows.items()} }.")
-    size, columns = tuple(image.shape[1:]), [*stages, "combined"]
-    figure, axes = plt.subplots(len(rows), len(columns), figsize=(1.3 * len(columns) + 1, 1.3 * len(rows) + 0.3),
-                                squeeze=False, layout="constrained")
+        given = {name: list(masks) for name, masks in rows.items()}
+        raise AttnnasError(f"Expected the same stages in every row, got {given}.")
+    size = tuple(image.shape[1:])
+    columns = [*stages, "combined"]
+    inches = (1.3 * len(columns) + 1, 1.3 * len(rows) + 0.3)
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=inches, squeeze=False,
+                                layout="constrained")
     for line, (name, masks) in zip(axes, rows.items()):
         masks = {stage: mask[index:index + 1] for stage, mask in masks.items()}
-        heats = [scaled(to_heat(mask, size))[0] for mask in masks.values()] + [combine(masks, size)[0]]
-        for axis, heat in zip(line, heats): axis.imshow(overlay(image, heat).numpy(), interpolation="nearest")
+        heats = [scaled(to_heat(mask, size)) for mask in masks.values()]
+        for axis, heat in zip(line, [*heats, combine(masks, size)]):
+            axis.imshow(overlay(image, heat[0]).numpy(), interpolation="nearest")
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
     for axis, title in zip(axes[0], columns): axis.set_title(title, fontsize=9)
     for axis in axes.flat: axis.set(xticks=[], yticks=[])

@@ -236,8 +236,9 @@ def _put(model: nn.Module, original: nn.Module, module: nn.Module, channel_axis:
 def _check_runs(dry: DryRun, x, added: dict[str, nn.Module], maps: dict[str, Map]):
     "Put copies of the modules into the copy of the network, and see that each of them runs once."
     originals = {name: dry.model.get_submodule(name) for name in added}
-    copies = {name: copy.deepcopy(module).to(dry.device) for name, module in added.items()}
+    copies = copy.deepcopy(added)
     for name, module in copies.items():
+        module.to(dry.device, home(originals[name], dry.model).dtype)
         _put(dry.model, originals[name], module, maps[name].channel_axis)
     names = {module: name for name, module in dry.model.named_modules()}
     ran = [call.module for call in dry.calls(x)]

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..core.errors import AttnnasError
-from ..core.options import option
+from ..core.options import check_counts, option
 from ..core.seeds import stream_seed
 from ..cells.space import SearchSpace
 from ..cells.spec import CellSpec
 from .base import Past, SearchResult
-from .study import BlackBoxConfig, Study, check_counts, search
+from .study import BlackBoxConfig, Study, search
 
 # %% ../../nbs/search/07_bandit.ipynb #8f426155
 def distributions(space: SearchSpace) -> dict:
@@ -76,7 +76,8 @@ def propose(past: Past, startup: int) -> CellSpec | None:
 class BanditConfig(BlackBoxConfig):
     "The options of the bandit."
     method: str = option("bandit", "how cells are searched", choices=("bandit",))
-    startup: int = option(10, "bandit: cells that are drawn at random first", minimum=1)
+    startup: int = option(10, "bandit: cells that are drawn at random first", minimum=1,
+                          maximum=10**6)
 
 
 def bandit(space: SearchSpace, objective: Callable, trials: int = 100, seed: int = 0,

@@ -23,7 +23,7 @@ from ..cells.supergraph import TALK, ConnectionWeights, Supergraph, level_nodes
 from ..networks.insertion import insert, inserted, site_shapes
 from ..networks.profile import count_flops
 from ..training.evaluation import Diverged
-from ..training.loop import Trainer, TrainingConfig, classify
+from ..training.loop import Scored, Trainer, TrainingConfig, classify
 from .base import EpochLog, SearchResult
 from .cost import expected_cost, operation_costs, training_multiply_adds
 
@@ -32,9 +32,10 @@ from .cost import expected_cost, operation_costs, training_multiply_adds
 class SearchConfig:
     "The options of the differentiable search: the supergraph, and how it is trained."
     method: str = option("differentiable", "how cells are searched", choices=("differentiable",))
-    levels: int = option(4, "levels m of the supergraph, each with one of every node", minimum=1)
+    levels: int = option(4, "levels m of the supergraph, each with one of every node", minimum=1,
+                         maximum=64)
     width: int = option(64, "channels d inside the supergraph and the cells derived from it",
-                        minimum=1)
+                        minimum=1, maximum=2**16)
     connections: str = option("shared", "one set of connection weights for all sites, or one for "
                               "each", choices=("shared", "per-site"))
     parameterisation: str = option("softmax", "connection weights are used through a softmax, or "
@@ -44,9 +45,9 @@ class SearchConfig:
     keys: str = option("all", "dot-products compare with all positions, or with keys and values "
                        "max-pooled 2x2x2 (cheaper)", choices=("all", "pooled"))
     cost_weight: float = option(0.0, "weight in the loss of a site's expected multiply-adds, in "
-                                "units of its dearest operation", minimum=0)
+                                "units of its dearest operation", minimum=0, maximum=1000)
     connection_learning_rate: float = option(2e-2, "peak learning rate of the connection weights",
-                                             minimum=0)
+                                             minimum=0, maximum=1e9)
     nodes: tuple = option(TALK, "names of the nodes of a level, such as \"spatial map-based\"")
 
     def __post_init__(self):
@@ -152,7 +153,7 @@ def search_loss(model: nn.Module, example, cost_weight: float) -> Callable:
 
     def loss(model, video, labels):
         scores, mean = classify(model, video, labels)
-        return scores, mean + cost_weight * cost()
+        return Scored(scores, mean + cost_weight * cost())
 
     return loss
 

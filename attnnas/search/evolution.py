@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
-from ..core.options import option
+from ..core.options import check_counts, option
 from ..core.seeds import stream_seed
 from ..cells.space import SearchSpace
 from ..cells.spec import CellSpec
 from .base import Past, SearchResult
-from .study import BlackBoxConfig, Study, check_counts, search
+from .study import BlackBoxConfig, Study, search
 
 # %% ../../nbs/search/06_evolution.ipynb #bd37c81c
 def _fitness(trial) -> float:
@@ -43,8 +43,10 @@ def propose(past: Past, population: int, tournament: int) -> CellSpec | None:
 class EvolutionConfig(BlackBoxConfig):
     "The options of evolution. The paper has 100 and 25 for 20,000 trials [choice]."
     method: str = option("evolution", "how cells are searched", choices=("evolution",))
-    population: int = option(20, "evolution: trials among which parents are drawn", minimum=1)
-    tournament: int = option(5, "evolution: cells of which the best is the parent", minimum=1)
+    population: int = option(20, "evolution: trials among which parents are drawn", minimum=1,
+                             maximum=10**6)
+    tournament: int = option(5, "evolution: cells of which the best is the parent", minimum=1,
+                             maximum=10**6)
 
 
 def evolution(space: SearchSpace, objective: Callable, trials: int = 100, seed: int = 0,

@@ -13,13 +13,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core.errors import AttnnasError, choose
+from ..core.options import check_number
 from ..data.clips import to_float
+from .loop import Scored
 
 # %% ../../nbs/training/05_distillation.ipynb #dbf9fe7c
 class Distillation:
     """Compute the scores and the loss of a student that imitates a teacher.
 
-    An object is called with (model, video, labels) and gives (scores, loss), as `Trainer` asks.
+    An object is called with (model, video, labels) and gives Scored, as `Trainer` asks.
     The loss is the cross-entropy plus `weight` times the mean squared error between the outputs of
     both networks. The teacher is frozen in place. Neither optimizer nor checkpoint see it.
 
@@ -29,12 +31,13 @@ class Distillation:
     weight: of the mean squared error, at least 0.
     at: the module whose outputs are compared; default "", the class scores before the softmax.
     student_input: a function from the same clips to what the student reads.
-    Raises: AttnnasError for a negative weight, an unknown `at`, and outputs of different shapes.
+    Raises: AttnnasError for a weight out of range, an unknown `at`, and outputs of different
+    shapes.
     Source: Stroud et al. 2020; weight 1, other modules, and the mean over all numbers [choice].
     """
     def __init__(self, teacher: nn.Module, teacher_input: Callable, weight: float = 1.0,
                  at: str = "", student_input: Callable = to_float):
-        if weight < 0: raise AttnnasError(f"weight = {weight}: expected 0 or more.")
+        check_number("weight", weight, minimum=0)
         self.teacher = teacher.requires_grad_(False)
         self.teacher_input = teacher_input
         self.student_input = student_input
@@ -58,10 +61,9 @@ class Distillation:
                                "classes, or an at= where their outputs have one shape.")
         return scores, F.mse_loss(ours, theirs)
 
-    def __call__(self, model: nn.Module, video: torch.Tensor,
-                 labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, model: nn.Module, video: torch.Tensor, labels: torch.Tensor) -> Scored:
         scores, distance = self.compare(model, video)
-        return scores, F.cross_entropy(scores, labels) + self.weight * distance
+        return Scored(scores, F.cross_entropy(scores, labels) + self.weight * distance)
 
 # %% ../../nbs/training/05_distillation.ipynb #706fadf2
 def _run(model, x, at) -> tuple[torch.Tensor, torch.Tensor]:

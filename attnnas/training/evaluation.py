@@ -20,7 +20,11 @@ from .processes import ALONE, OneProcess
 
 # %% ../../nbs/training/03_evaluation.ipynb #4c800b4b
 class ClassScores(NamedTuple):
-    "rows: clips that could be read, int64 (N,), ascending. scores: float (N, classes), on the CPU."
+    """The scores of the clips that could be read.
+
+    rows: indices of these clips, int64 (N,), ascending.
+    scores: class scores, float (N, classes), on the CPU.
+    """
     rows: torch.Tensor
     scores: torch.Tensor
 
@@ -37,7 +41,8 @@ def class_scores(model: nn.Module, clips, batch_size: int = 64, device="cpu",
     clips: a clip source.
     batch_size: clips a batch.
     device: where the model is.
-    processes: share the batches; each returns all scores.
+    processes: those that share the batches; each returns all scores.
+    Returns: the scores of the clips that can be read.
     Raises: AttnnasError where there is no clip, or none that can be read.
     """
     if len(clips) == 0:
@@ -58,7 +63,7 @@ def class_scores(model: nn.Module, clips, batch_size: int = 64, device="cpu",
     rows, scores = zip(*found)
     return ClassScores(torch.cat(rows), torch.cat(scores))
 
-
+# %% ../../nbs/training/03_evaluation.ipynb #21084be7
 def _scores_of(model: nn.Module, batch: Views, device) -> ClassScores:
     views = batch.video.shape[1]
     scores = model(to_float(batch.video.flatten(0, 1).to(device)))
@@ -67,16 +72,21 @@ def _scores_of(model: nn.Module, batch: Views, device) -> ClassScores:
 
 
 def in_turns(parts: list) -> list:
-    "Return the items that `OneProcess.share` handed out, in order: [[0, 2], [1]] -> [0, 1, 2]."
+    """Bring the items that `OneProcess.share` handed out into their order again.
+
+    parts: the items of each process, such as [[0, 2], [1]].
+    Returns: all items, here [0, 1, 2].
+    """
     turns = range(len(parts[0]))
     return [part[turn] for turn in turns for part in parts if turn < len(part)]
 
-
+# %% ../../nbs/training/03_evaluation.ipynb #368b719e
 def predict(model: nn.Module, clips, batch_size: int = 64, device="cpu",
             processes: OneProcess = ALONE) -> torch.Tensor:
-    """Return the class scores (N, classes) of all clips, on the CPU, in the clips' order.
+    """Compute the class scores of all clips.
 
     The arguments are those of `class_scores`.
+    Returns: class scores (N, classes) in the clips' order, on the CPU.
     Raises: AttnnasError where a clip cannot be read, and as `class_scores`.
     """
     found = class_scores(model, clips, batch_size, device, processes)
@@ -86,15 +96,15 @@ def predict(model: nn.Module, clips, batch_size: int = 64, device="cpu",
 
 # %% ../../nbs/training/03_evaluation.ipynb #bbaf3d01
 class Diverged(AttnnasError):
-    "A network's scores are not numbers."
+    "Tell that a network's scores are not finite numbers."
 
 
 def score(scores: torch.Tensor, labels: torch.Tensor, groups: dict) -> dict:
-    """Return metrics over all clips and within each group.
+    """Compute the metrics over all clips and within each group.
 
     scores: class scores (N, classes).
     labels: int64 (N,).
-    groups: {column: N values}.
+    groups: {column: N values}, what the clips are grouped by.
     Returns: {"count", "top1", "top5", "loss", "by": {column: {value: {"count", "top1", "top5"}}}};
         accuracies are in percent.
     Raises: Diverged for a score that is not finite.
@@ -118,13 +128,14 @@ def score(scores: torch.Tensor, labels: torch.Tensor, groups: dict) -> dict:
     by = {column: within(values) for column, values in groups.items()}
     return whole | {"loss": F.cross_entropy(scores, labels).item(), "by": by}
 
-
+# %% ../../nbs/training/03_evaluation.ipynb #cd18e832
 def evaluate(model: nn.Module, clips, batch_size: int = 64, device="cpu",
              processes: OneProcess = ALONE) -> dict:
-    """Return `score` of the clips that can be read.
+    """Compute the metrics of a network on the clips that can be read.
 
-    A source that may lose clips adds "asked", how many clips it has, "unreadable", {reason: how
-    many}, and "data", its summary. The arguments are those of `class_scores`.
+    The arguments are those of `class_scores`.
+    Returns: what `score` gives. A source that may lose clips adds "asked", how many clips it has,
+        "unreadable", {reason: how many}, and "data", its summary.
     Raises: Diverged, and as `class_scores`.
     """
     rows, scores = class_scores(model, clips, batch_size, device, processes)

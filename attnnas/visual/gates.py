@@ -12,58 +12,82 @@ from torch.nn import functional as F
 
 from ..core.errors import AttnnasError, choose
 from ..cells.operations.base import Pointwise
-from .cbam import check_maps
+from .cbam import Masked, check_maps
 
 # %% ../../nbs/visual/02_gates.ipynb #e4f9bbfe
 def shifted(scores: torch.Tensor) -> torch.Tensor:
-    """(q - min q) / sum(q - min q) over the last axis of (..., P): weights that sum to one, uniform for equal scores.
+    """Return (q - min q) / sum(q - min q) over the last axis: weights that sum to one.
 
+    scores: q, (..., P).
+    Returns: weights (..., P), uniform for equal scores.
     Source: Schlemper et al. 2019; uniform for equal scores [choice].
     """
     lifted = scores - scores.amin(-1, keepdim=True)
     total = lifted.sum(-1, keepdim=True)
-    return torch.where(total > 0, lifted / total.where(total > 0, 1), 1 / scores.shape[-1])
+    uniform = 1 / scores.shape[-1]
+    return torch.where(total > 0, lifted / total.where(total > 0, 1), uniform)
 
 
-GATE_SCALINGS = {"sigmoid": torch.sigmoid, "softmax": lambda scores: scores.softmax(-1), "shifted": shifted}
+GATE_SCALINGS = {
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda scores: scores.softmax(-1),
+    "shifted": shifted}
 
 # %% ../../nbs/visual/02_gates.ipynb #6fa2b9b7
 class AttentionGate(nn.Module):
-    """Weigh the positions of x by how they answer g: x (B, C, H, W) or (B, C, T, H, W) -> the same shape.
+    """Weigh the positions of x by their scores against g.
 
-    forward(x, g, return_mask=False): g (B, G) is a vector for all positions, g (B, G, h, w) or (B, G, t, h, w) a grid.
-    Mask (B, 1, ...): alpha; `scaling` is a name in GATE_SCALINGS; `inner` is the hidden width, default C // 2.
+    forward(x, g, return_mask=False): x (B, C, H, W) or (B, C, T, H, W) -> the same shape.
+    g (B, G) is a vector for all positions, g (B, G, h, w) or (B, G, t, h, w) a grid.
+    The mask (B, 1, ...) is alpha.
+
+    channels: C.
+    gate_channels: G.
+    inner: the hidden width; default: C // 2.
+    scaling: a name in GATE_SCALINGS.
     Raises: AttnnasError for an unknown scaling and for shapes that do not fit.
     Source: Schlemper et al. 2019; interpolation with align_corners=False [choice].
     """
-    def __init__(self, channels: int, gate_channels: int, inner: int | None = None, scaling: str = "sigmoid",
-                 device=None, dtype=None):
+    def __init__(self, channels: int, gate_channels: int, inner: int | None = None,
+                 scaling: str = "sigmoid", device=None, dtype=None):
         super().__init__()
-        inner, factory = inner or max(1, channels // 2), dict(device=device, dtype=dtype)
-        self.channels, self.gate_channels, self.scaling = channels, gate_channels, scaling
+        self.channels = channels
+        self.gate_channels = gate_channels
+        self.scaling = scaling
         self.scale = choose(scaling, GATE_SCALINGS, "scaling")
+        inner = inner or max(1, channels // 2)
+        factory = {"device": device, "dtype": dtype}
         self.local = Pointwise(channels, inner, bias=False, **factory)
         self.gate = Pointwise(gate_channels, inner, **factory)
         self.psi = Pointwise(inner, 1, **factory)
 
     def hidden(self, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-        "ReLU(W_x x + W_g g + b) at every position of x: (B, inner, ...)."
+        "Return ReLU(W_x x + W_g g + b) at every position of x: (B, inner, ...)."
         asked = self.gate(g)
-        if g.ndim == 2: asked = asked.view(*asked.shape, *[1] * (x.ndim - 2))
-        else: asked = F.interpolate(asked, x.shape[2:], mode="bilinear" if x.ndim == 4 else "trilinear")
+        if g.ndim == 2:
+            asked = asked.view(*asked.shape, *[1] * (x.ndim - 2))
+        else:
+            mode = "bilinear" if x.ndim == 4 else "trilinear"
+            asked = F.interpolate(asked, x.shape[2:], mode=mode)
         return (self.local(x) + asked).relu()
 
     def forward(self, x: torch.Tensor, g: torch.Tensor, return_mask: bool = False):
         check_maps(x, self.channels)
-        if g.ndim not in (2, x.ndim) or g.shape[:2] != (len(x), self.gate_channels) or 0 in g.shape:
-            raise AttnnasError(f"Expected a gating signal ({len(x)}, {self.gate_channels}) or a map of {x.ndim} axes "
-                               f"that begin so, for x of shape {tuple(x.shape)}, got {tuple(g.shape)}.")
+        begins_so = g.shape[:2] == (len(x), self.gate_channels)
+        if g.ndim not in (2, x.ndim) or not begins_so or 0 in g.shape:
+            raise AttnnasError(f"Expected a gating signal ({len(x)}, {self.gate_channels}) or a "
+                               f"map of {x.ndim} axes that begin so, for x of shape "
+                               f"{tuple(x.shape)}, got {tuple(g.shape)}.")
         scores = self.psi(self.hidden(x, g))
         mask = self.scale(scores.flatten(1)).view_as(scores)
-        return (mask * x, mask) if return_mask else mask * x
+        return Masked(mask * x, mask) if return_mask else mask * x
 
     def pool(self, attended: torch.Tensor) -> torch.Tensor:
-        "One vector (B, C) of what a forward pass gave: its sum where weights sum to one, its mean for the sigmoid [choice]."
-        return attended.flatten(2).mean(2) if self.scaling == "sigmoid" else attended.flatten(2).sum(2)
+        """Pool the output of a forward pass to one vector (B, C).
+
+        The sum where weights sum to one, the mean for the sigmoid [choice].
+        """
+        positions = attended.flatten(2)
+        return positions.mean(2) if self.scaling == "sigmoid" else positions.sum(2)
 
     def extra_repr(self): return f"scaling={self.scaling}"

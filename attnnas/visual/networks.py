@@ -15,36 +15,55 @@ from torch import nn
 
 from ..core.errors import AttnnasError, choose
 from ..networks.weights import load_weights
-from .cbam import CBAM
+from .cbam import CBAM, Masked
 from .gates import AttentionGate
 from .l2pa import L2PA
 from .residual import ResidualAttention
 
 # %% ../../nbs/visual/05_networks.ipynb #4242dee8
 STAGES = ("early", "medium", "late")
-GROUPS = {"plain": (1, 2, 4), "cbam": (1, 2, 4), "residual": (1, 2, 3),
-          "l2pa": (2, 4, 5), "gated": (2, 4, 5), "gated_grid": (2, 4, 5)}
-WIDTHS = {0.35: "mobilenetv2_035", 0.5: "mobilenetv2_050", 0.75: "mobilenetv2_075", 1.0: "mobilenetv2_100",
-          1.4: "mobilenetv2_140"}
+GROUPS = {
+    "plain": (1, 2, 4), "cbam": (1, 2, 4), "residual": (1, 2, 3),
+    "l2pa": (2, 4, 5), "gated": (2, 4, 5), "gated_grid": (2, 4, 5)}
+WIDTHS = {
+    0.35: "mobilenetv2_035", 0.5: "mobilenetv2_050", 0.75: "mobilenetv2_075",
+    1.0: "mobilenetv2_100", 1.4: "mobilenetv2_140"}
 
 # %% ../../nbs/visual/05_networks.ipynb #aa88d9da
 class VisualNetwork(nn.Module):
-    """MobileNetV2 with attention at three stages: images (B, 3, H, W) -> class scores (B, num_classes).
+    """Put attention at three stages of MobileNetV2: images (B, 3, H, W) -> scores (B, num_classes).
 
-    forward(x, return_masks=True) also gives {"early": mask, "medium": mask, "late": mask}, of the same pass.
-    `layers` names, for each stage, the module whose output Grad-CAM looks at. Made by `visual_model`.
+    forward(x, return_masks=True) also gives {"early": mask, "medium": mask, "late": mask}, of the
+    same pass. `layers` names, for each stage, the module whose output Grad-CAM looks at.
+    `visual_model` makes it.
+
+    backbone: timm's MobileNetV2.
+    groups: the group of blocks after which each stage of STAGES stands.
+    attention: {stage: mechanism}; empty: none.
+    in_flow: whether a mechanism's output goes on through the backbone.
     Raises: AttnnasError where masks are asked of a network that has none.
     """
-    def __init__(self, backbone: nn.Module, groups: tuple[int, ...], attention: dict[str, nn.Module], in_flow: bool = True):
+    def __init__(self, backbone: nn.Module, groups: tuple[int, ...],
+                 attention: dict[str, nn.Module], in_flow: bool = True):
         super().__init__()
-        self.backbone, self.attention, self.groups = backbone, nn.ModuleDict(attention), dict(zip(groups, STAGES))
-        self.layers = {stage: f"attention.{stage}" if attention and in_flow else f"backbone.blocks.{group}"
-                       for group, stage in self.groups.items()}
+        self.backbone = backbone
+        self.attention = nn.ModuleDict(attention)
+        self.groups = dict(zip(groups, STAGES))
+        self.layers = {}
+        for group, stage in self.groups.items():
+            in_attention = attention and in_flow
+            layer = f"attention.{stage}" if in_attention else f"backbone.blocks.{group}"
+            self.layers[stage] = layer
         self.example_shape = (1, backbone.conv_stem.in_channels, 224, 224)
 
     def walk(self, x: torch.Tensor, after) -> torch.Tensor:
-        "The last map of the backbone; `after(stage, x)` may replace the features at a stage."
-        if x.device.type == "cpu": x = x.contiguous(memory_format=torch.channels_last)  # 1.2 times faster to train there
+        """Return the last map of the backbone.
+
+        x: images (B, 3, H, W).
+        after: a function (stage, features) -> the features that go on.
+        """
+        if x.device.type == "cpu":  # 1.2 times faster to train there
+            x = x.contiguous(memory_format=torch.channels_last)
         x = self.backbone.bn1(self.backbone.conv_stem(x))
         for group, blocks in enumerate(self.backbone.blocks):
             x = blocks(x)
@@ -53,100 +72,130 @@ class VisualNetwork(nn.Module):
 
     def forward(self, x: torch.Tensor, return_masks: bool = False):
         if return_masks and not self.attention:
-            raise AttnnasError("The plain network has no masks. Look at it with attnnas.explain.gradcam, at model.layers.")
+            raise AttnnasError("The plain network has no masks. Look at it with "
+                               "attnnas.explain.gradcam, at model.layers.")
         masks = {}
 
         def after(stage, x):
-            if not return_masks: return self.attention[stage](x) if self.attention else x
+            if not self.attention: return x
+            if not return_masks: return self.attention[stage](x)
             x, masks[stage] = self.attention[stage](x, return_mask=True)
             return x
+
         scores = self.backbone.forward_head(self.walk(x, after))
-        return (scores, masks) if return_masks else scores
+        return Masked(scores, masks) if return_masks else scores
 
 # %% ../../nbs/visual/05_networks.ipynb #54c890c5
 FUSIONS = ("mean", "concat")
 
 
 class BranchNetwork(VisualNetwork):
-    """A VisualNetwork whose attention reads three stages beside the backbone and is asked by its last map.
+    """Put attention beside the backbone: it reads three stages and is asked by the last map.
 
-    `answers`: channels of what is classified, stage by stage, and of the pooled last map where it is classified too.
-    `grid`: the last map asks as it is, not pooled.
+    backbone, groups, attention: as in VisualNetwork.
+    num_classes: the number of scores.
+    answers: channels of what is classified, stage by stage, and of the pooled last map where it
+        is classified too.
+    fusion: "mean" averages the scores of a classifier an answer, "concat" has one classifier.
+    grid: whether the last map asks as it is; default: pooled.
+    Raises: AttnnasError for an unknown fusion.
     """
-    def __init__(self, backbone: nn.Module, groups: tuple[int, ...], attention: dict[str, nn.Module], num_classes: int,
-                 answers: list[int], fusion: str = "concat", grid: bool = False):
+    def __init__(self, backbone: nn.Module, groups: tuple[int, ...],
+                 attention: dict[str, nn.Module], num_classes: int, answers: list[int],
+                 fusion: str = "concat", grid: bool = False):
         super().__init__(backbone, groups, attention, in_flow=False)
         backbone.reset_classifier(0)
-        self.grid, self.classifies_last = grid, len(answers) > len(attention)
+        self.grid = grid
+        self.classifies_last = len(answers) > len(attention)
         self.fusion = choose(fusion, FUSIONS, "fusion")
-        self.classifiers = nn.ModuleList(nn.Linear(size, num_classes) for size in (answers if fusion == "mean" else [sum(answers)]))
+        sizes = answers if fusion == "mean" else [sum(answers)]
+        self.classifiers = nn.ModuleList(nn.Linear(size, num_classes) for size in sizes)
 
     def forward(self, x: torch.Tensor, return_masks: bool = False):
-        local, answers, masks = {}, [], {}
+        local = {}
+        answers = []
+        masks = {}
         last = self.walk(x, lambda stage, x: local.setdefault(stage, x))
         pooled = last.mean((2, 3))
+        asking = last if self.grid else pooled
         for stage, module in self.attention.items():
-            answer, masks[stage] = module(local[stage], last if self.grid else pooled, return_mask=True)
+            answer, masks[stage] = module(local[stage], asking, return_mask=True)
             answers.append(answer if answer.ndim == 2 else module.pool(answer))
         if self.classifies_last: answers.append(pooled)
         if self.fusion == "concat": answers = [torch.cat(answers, 1)]
-        scores = sum(layer(answer) for layer, answer in zip(self.classifiers, answers, strict=True)) / len(answers)
-        return (scores, masks) if return_masks else scores
+        pairs = zip(self.classifiers, answers, strict=True)
+        scores = sum(layer(answer) for layer, answer in pairs) / len(answers)
+        return Masked(scores, masks) if return_masks else scores
 
 # %% ../../nbs/visual/05_networks.ipynb #446decb0
 class InterleavedConv2d(nn.Conv2d):
-    """A dilated convolution of stride 1 that keeps the size, as ordinary ones: (B, C, H, W) -> (B, C', H, W).
+    """Compute a dilated convolution as ordinary ones: (B, C, H, W) -> (B, C', H, W).
 
-    Arguments, parameters and function are those of nn.Conv2d. Source: "space to batch", the usual atrous trick.
-    Raises: AttnnasError for another stride or padding, an even kernel, and two different dilations.
+    Arguments, parameters and function are those of nn.Conv2d, of stride 1, that keeps the size.
+
+    Raises: AttnnasError for another stride or padding, an even kernel, two different dilations.
+    Source: "space to batch", the usual atrous trick.
     """
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         keeps = tuple(d * (k // 2) for d, k in zip(self.dilation, self.kernel_size))
-        odd, alike = all(k % 2 for k in self.kernel_size), len(set(self.dilation)) == 1
-        if (self.stride, self.padding, self.padding_mode) == ((1, 1), keeps, "zeros") and odd and alike: return
-        raise AttnnasError(f"Expected stride 1, an odd kernel, one dilation and zeros as padding, {keeps} here, got {self}. Use nn.Conv2d.")
+        is_odd = all(k % 2 for k in self.kernel_size)
+        is_alike = len(set(self.dilation)) == 1
+        given = (self.stride, self.padding, self.padding_mode)
+        if given == ((1, 1), keeps, "zeros") and is_odd and is_alike: return
+        raise AttnnasError("Expected stride 1, an odd kernel, one dilation and zeros as padding, "
+                           f"{keeps} here, got {self}. Use nn.Conv2d.")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        (b, _, h, w), d = x.shape, self.dilation[0]
-        apart = F.pad(x, (0, -w % d, 0, -h % d)).movedim(1, -1).unflatten(2, (-1, d)).unflatten(1, (-1, d))
+        b, _, h, w = x.shape
+        d = self.dilation[0]
+        padding = [k // 2 for k in self.kernel_size]
+        apart = F.pad(x, (0, -w % d, 0, -h % d)).movedim(1, -1)
+        apart = apart.unflatten(2, (-1, d)).unflatten(1, (-1, d))
         apart = apart.permute(2, 4, 0, 1, 3, 5).flatten(0, 2).movedim(-1, 1)
-        y = F.conv2d(apart, self.weight, self.bias, padding=[k // 2 for k in self.kernel_size], groups=self.groups).movedim(1, -1)
-        return y.unflatten(0, (d, d, b)).permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2)[:, :h, :w].movedim(-1, 1)
+        y = F.conv2d(apart, self.weight, self.bias, padding=padding, groups=self.groups)
+        y = y.movedim(1, -1).unflatten(0, (d, d, b)).permute(2, 3, 0, 4, 1, 5)
+        return y.flatten(3, 4).flatten(1, 2)[:, :h, :w].movedim(-1, 1)
 
 
 def _interleave(backbone: nn.Module):
     for name, conv in list(backbone.named_modules()):
         if not isinstance(conv, nn.Conv2d) or conv.dilation == (1, 1): continue
-        made = InterleavedConv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-                                 conv.groups, conv.bias is not None, device="meta")
-        made.weight, made.bias = conv.weight, conv.bias
+        made = InterleavedConv2d(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
+            conv.dilation, conv.groups, conv.bias is not None, device="meta")
+        made.weight = conv.weight
+        made.bias = conv.bias
         backbone.set_submodule(name, made)
 
 # %% ../../nbs/visual/05_networks.ipynb #d1b5668f
 def _channels(backbone, groups) -> dict[str, int]:
-    return {stage: backbone.blocks[group][-1].conv_pwl.out_channels for stage, group in zip(STAGES, groups)}
+    last_blocks = [backbone.blocks[group][-1] for group in groups]
+    return {stage: block.conv_pwl.out_channels for stage, block in zip(STAGES, last_blocks)}
 
 
 def _plain(backbone, groups, num_classes): return VisualNetwork(backbone, groups, {})
 
 
 def _cbam(backbone, groups, num_classes):
-    return VisualNetwork(backbone, groups, {stage: CBAM(channels) for stage, channels in _channels(backbone, groups).items()})
+    modules = {stage: CBAM(channels) for stage, channels in _channels(backbone, groups).items()}
+    return VisualNetwork(backbone, groups, modules)
 
 
 def _residual(backbone, groups, num_classes):
     modules = {}
-    for (stage, channels), group, depth in zip(_channels(backbone, groups).items(), groups, (3, 2, 1)):
+    channels = _channels(backbone, groups)
+    for stage, group, depth in zip(STAGES, groups, (3, 2, 1)):
         *kept, replaced = backbone.blocks[group]
         backbone.blocks[group] = nn.Sequential(*kept)
-        modules[stage] = ResidualAttention(channels, depth, trunk=replaced)
+        modules[stage] = ResidualAttention(channels[stage], depth, trunk=replaced)
     return VisualNetwork(backbone, groups, modules)
 
 # %% ../../nbs/visual/05_networks.ipynb #8557b2fd
 def _l2pa(backbone, groups, num_classes, *, compatibility="dot"):
+    channels = _channels(backbone, groups)
     width = backbone.num_features
-    modules = {stage: L2PA(channels, width, compatibility) for stage, channels in _channels(backbone, groups).items()}
+    modules = {stage: L2PA(c, width, compatibility) for stage, c in channels.items()}
     return BranchNetwork(backbone, groups, modules, num_classes, answers=[width] * 3)
 
 
@@ -159,31 +208,55 @@ def _gated_grid(backbone, groups, num_classes, *, scaling="sigmoid", fusion="mea
 
 
 def _gates(backbone, groups, num_classes, scaling, fusion, grid):
-    channels, width = _channels(backbone, groups), backbone.num_features
+    channels = _channels(backbone, groups)
+    width = backbone.num_features
     modules = {stage: AttentionGate(c, width, scaling=scaling) for stage, c in channels.items()}
-    return BranchNetwork(backbone, groups, modules, num_classes, [*channels.values(), width], fusion, grid)
+    answers = [*channels.values(), width]
+    return BranchNetwork(backbone, groups, modules, num_classes, answers, fusion, grid)
 
 # %% ../../nbs/visual/05_networks.ipynb #4ccf8886
-VISUAL_MODELS = {"plain": _plain, "l2pa": _l2pa, "gated": _gated, "gated_grid": _gated_grid, "residual": _residual, "cbam": _cbam}
+VISUAL_MODELS = {
+    "plain": _plain, "l2pa": _l2pa, "gated": _gated, "gated_grid": _gated_grid,
+    "residual": _residual, "cbam": _cbam}
 
 
-def visual_model(name: str, num_classes: int, width: float = 1.0, in_channels: int = 3, output_stride: int = 32,
-                 weights=None, device=None, dtype=None, **options) -> VisualNetwork:
-    """MobileNetV2 with the mechanism `name` of VISUAL_MODELS at three stages: images (B, in_channels, H, W) -> scores.
+def visual_model(name: str, num_classes: int, width: float = 1.0, in_channels: int = 3,
+                 output_stride: int = 32, weights=None, device=None, dtype=None,
+                 **options) -> VisualNetwork:
+    """Build MobileNetV2 with a mechanism at three stages: (B, in_channels, H, W) -> scores.
 
-    `width`: channel multiplier, one of WIDTHS. `output_stride` 8 or 16 keeps late maps larger, by dilation. `weights` as in
-    `attnnas.networks.weights.load_weights`, timm's names, without the classifier. Options: l2pa `compatibility`; gated and gated_grid `scaling`, `fusion`. Source: poster.
+    name: the mechanism, of VISUAL_MODELS.
+    num_classes: the number of scores.
+    width: channel multiplier, one of WIDTHS.
+    output_stride: 32, or 8 or 16, which keep late maps larger, by dilation.
+    weights: as in `attnnas.networks.weights.load_weights`, timm's names, without the classifier;
+        default: random.
+    options: l2pa `compatibility`; gated and gated_grid `scaling`, `fusion`.
     Raises: AttnnasError for unknown names and options, and for weights that do not fit.
+    Source: poster.
     """
     build = choose(name, VISUAL_MODELS, "visual model")
-    known = [p.name for p in inspect.signature(build).parameters.values() if p.kind == p.KEYWORD_ONLY]
-    for option in options:
-        if option not in known: raise AttnnasError(f"{name} has no option {option!r}. It has: {', '.join(known) or 'none'}.")
-    variant, stride = choose(width, WIDTHS, "width"), choose(output_stride, (8, 16, 32), "output stride")
-    try: import timm
-    except ModuleNotFoundError: raise AttnnasError("The visual models need the package timm: pip install 'attnnas[models]'.") from None
-    backbone = timm.create_model(variant, num_classes=num_classes, in_chans=in_channels, output_stride=stride)
+    _check_options(name, build, options)
+    variant = choose(width, WIDTHS, "width")
+    stride = choose(output_stride, (8, 16, 32), "output stride")
+    try:
+        import timm
+    except ModuleNotFoundError:
+        raise AttnnasError("The visual models need the package timm: "
+                           "pip install 'attnnas[models]'.") from None
+    backbone = timm.create_model(variant, num_classes=num_classes, in_chans=in_channels,
+                                 output_stride=stride)
     _interleave(backbone)
     if weights is not None:
         load_weights(backbone, weights, rename={"classifier": None}, other_classes=True)
-    return build(backbone, GROUPS[name], num_classes, **options).to(device=device, dtype=dtype)
+    network = build(backbone, GROUPS[name], num_classes, **options)
+    return network.to(device=device, dtype=dtype)
+
+
+def _check_options(name: str, build, options: dict):
+    parameters = inspect.signature(build).parameters.values()
+    known = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
+    for option in options:
+        if option in known: continue
+        raise AttnnasError(f"{name} has no option {option!r}. "
+                           f"It has: {', '.join(known) or 'none'}.")

@@ -14,48 +14,77 @@ from .networks import VisualNetwork, visual_model
 
 # %% ../../nbs/visual/07_video.ipynb #c11f599d
 class VisualFrames(Backbone):
-    """A VisualNetwork on every image of a clip, its class scores averaged: (B, in_channels, T, H, W) -> (B, num_classes).
+    """Average an image network's scores over a clip: (B, in_channels, T, H, W) -> (B, num_classes).
 
-    An image is `stack` consecutive frames, their channels one above the other. `drawn`: in training only so many images of a
-    clip count, drawn at random (torch's global generator); None: all. Source: Wang et al. 2016, average consensus; poster.
+    network: the image network; an image has stack * in_channels channels.
+    clip: (T, H, W) of an example.
+    stack: an image is so many consecutive frames, their channels one above the other.
+    drawn: in training only so many images of a clip count, drawn at random (torch's global
+        generator); default: all.
+    side: the smallest height and width that it takes.
+    Source: Wang et al. 2016, average consensus; poster.
     """
-    def __init__(self, network: VisualNetwork, clip: tuple[int, int, int], stack: int = 1, drawn: int | None = None, side: int = 64):
+    def __init__(self, network: VisualNetwork, clip: tuple[int, int, int], stack: int = 1,
+                 drawn: int | None = None, side: int = 64):
         super().__init__(network.example_shape[1] // stack, clip, (stack, side, side))
-        self.network, self.stack, self.drawn = network, stack, drawn
+        self.network = network
+        self.stack = stack
+        self.drawn = drawn
 
     def images(self, x: torch.Tensor) -> torch.Tensor:
-        "The images of clips: (B, T // stack, stack * in_channels, H, W)."
+        "Return the images of clips: (B, T // stack, stack * in_channels, H, W)."
         return super_images(x, self.stack).transpose(1, 2).contiguous()
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         images = self.images(x)
         if self.training and self.drawn:
             rows = torch.arange(len(images), device=x.device)[:, None]
-            images = images[rows, torch.rand(images.shape[:2], device=x.device).argsort(1)[:, :self.drawn]]
+            order = torch.rand(images.shape[:2], device=x.device).argsort(1)
+            images = images[rows, order[:, :self.drawn]]
         return self.network(images.flatten(0, 1)).unflatten(0, images.shape[:2]).mean(1)
 
     def masks(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        "The masks of every image of clips, over time: {stage: (B, C, T // stack, h, w)}."
+        """Return the masks of every image of clips, over time.
+
+        x: clips (B, in_channels, T, H, W).
+        Returns: {stage: mask (B, C, T // stack, h, w)}.
+        """
         images = self.images(x)
-        found = self.network(images.flatten(0, 1), return_masks=True)[1]
-        return {stage: mask.unflatten(0, images.shape[:2]).transpose(1, 2) for stage, mask in found.items()}
+        found = self.network(images.flatten(0, 1), return_masks=True).mask
+        size = images.shape[:2]
+        return {stage: mask.unflatten(0, size).transpose(1, 2) for stage, mask in found.items()}
 
 # %% ../../nbs/visual/07_video.ipynb #e6473632
-def mobilenetv2_frames(num_classes: int, mechanism: str = "plain", in_channels: int = 3, stack: int = 1, drawn: int | None = None,
-                       output_stride: int = 32, **options) -> VisualFrames:
-    """MobileNetV2 on every frame, with a mechanism of VISUAL_MODELS (poster); scores averaged over 25 frames.
+def mobilenetv2_frames(num_classes: int, mechanism: str = "plain", in_channels: int = 3,
+                       stack: int = 1, drawn: int | None = None, output_stride: int = 32,
+                       **options) -> VisualFrames:
+    """MobileNetV2 with a mechanism of VISUAL_MODELS (poster) on 25 frames, scores averaged.
 
-    `options` are those of `visual_model`. A late map has at least 2 x 2 cells.
+    num_classes: the number of scores.
+    mechanism: a name of VISUAL_MODELS.
+    in_channels: channels of a frame.
+    stack, drawn: as in VisualFrames.
+    output_stride: as in `visual_model`; a late map has at least 2 x 2 cells.
+    options: those of `visual_model`.
     """
-    network = visual_model(mechanism, num_classes, in_channels=stack * in_channels, output_stride=output_stride, **options)
+    network = visual_model(mechanism, num_classes, in_channels=stack * in_channels,
+                           output_stride=output_stride, **options)
     return VisualFrames(network, (25 * stack, 224, 224), stack, drawn, side=2 * output_stride)
 
 
-def mobilenetv2_two_stream(num_classes: int, rgb: str = "plain", flow: str = "plain", stack: int = 5, drawn: int | None = 1,
-                           flow_weight: float = 1.0, **options) -> TwoStream:
-    """Two MobileNetV2, on 25 frames and on 25 stacks of five flow fields, each with a mechanism of VISUAL_MODELS (poster).
+def mobilenetv2_two_stream(num_classes: int, rgb: str = "plain", flow: str = "plain",
+                           stack: int = 5, drawn: int | None = 1, flow_weight: float = 1.0,
+                           **options) -> TwoStream:
+    """Two MobileNetV2 with mechanisms of VISUAL_MODELS (poster), on 25 frames and 25 flow stacks.
 
-    Input (B, 5, T, H, W): red, green, blue, u, v. Training sees `drawn` random images of each stream. `options` as above.
+    Input (B, 5, T, H, W): red, green, blue, u, v.
+
+    num_classes: the number of scores.
+    rgb, flow: the mechanisms of the two streams, names of VISUAL_MODELS.
+    stack: flow fields in one image of the second stream.
+    drawn: training sees so many random images of each stream.
+    flow_weight: how much the second stream's scores count beside the first's.
+    options: as in `mobilenetv2_frames`.
     """
     streams = [mobilenetv2_frames(num_classes, name, channels, depth, drawn, **options)
                for name, channels, depth in ((rgb, 3, 1), (flow, 2, stack))]

@@ -9,7 +9,6 @@ __all__ = ['BACKBONE', 'MLP_HEAD', 'NON_LOCAL', 'RANDOM', 'DERIVED', 'FROM_BACKB
 # %% ../../../nbs/evidence/tables/05_table.ipynb #ca4486f0
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -216,18 +215,18 @@ class Table:
         """
         return dots(rows, limits_of(rows))
 
-    def make(self, tier: Tier, results, reference, device: str = "auto",
+    def make(self, tier: Tier, store: Store, reference, device: str = "auto",
              rebuild: bool = False) -> Made:
-        """Make what is missing of the table, and write it and its picture to `results`/<tier>.
+        """Make what is missing of the table, and write it and its picture to the tier's folder.
 
-        results: the folder of records and results.
+        store: where records are, and where the table goes.
         reference: the folder of the published tables.
         device: auto, cpu or cuda.
         rebuild: run nothing, and take the records that are there.
         Raises: AttnnasError where its rows cannot be compared, or a published table is missing.
         """
-        folder = Path(results) / tier.name
-        collected = collect(self.plan(tier), Store(results), device, rebuild)
+        folder = store.made(tier.name)
+        collected = collect(self.plan(tier), store, device, rebuild)
         frame, text, outcome = self.write(tier, collected, reference)
         paths = write_table(folder, self.name, frame, text)
         figure = self.draw(collected.rows)
