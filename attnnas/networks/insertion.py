@@ -55,7 +55,7 @@ class Site(nn.Module):
             super().__setattr__(name, value)
         else: setattr(original, name, value)
 
-
+# %% ../../nbs/networks/03_insertion.ipynb #c673e6ae
 class SiteOfSeveral(Site):
     "A site whose module has a length and items, such as an nn.Sequential."
     def __len__(self): return len(self.original)
@@ -68,13 +68,13 @@ def inserted(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module.added for name, module in model.named_modules()
             if isinstance(module, Site)}
 
-
+# %% ../../nbs/networks/03_insertion.ipynb #f0c7d696
 def _places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
     "Every parent of `module` in `model`, with the module's name there."
     return [(parent, leaf) for parent in model.modules()
             for leaf, child in parent._modules.items() if child is module]
 
-
+# %% ../../nbs/networks/03_insertion.ipynb #71c8d5f8
 def remove(model: nn.Module) -> nn.Module:
     """Undo every `insert`, in place.
 
@@ -98,12 +98,12 @@ class Map(NamedTuple):
     shape: tuple[int, ...]
     channel_axis: int | None
 
-
+# %% ../../nbs/networks/03_insertion.ipynb #4f0bff5e
 def _device(example):
     tensors = [part for part in tree_leaves(example) if isinstance(part, torch.Tensor)]
     return tensors[0].device if tensors else "meta"
 
-
+# %% ../../nbs/networks/03_insertion.ipynb #346769e4
 @torch.no_grad()
 def _maps(dry: DryRun, x) -> dict[str, list[Map]]:
     "Module name -> the maps that it gives, one for each call in a forward pass."
@@ -132,7 +132,7 @@ def _dry_run(model: nn.Module, example) -> tuple[DryRun, object]:
     dry = DryRun(model, _device(example), advice=EXAMPLE)
     return dry, dry.input(example)
 
-
+# %% ../../nbs/networks/03_insertion.ipynb #2429aa3a
 def _free(model: nn.Module, maps: dict[str, list[Map]]) -> dict[str, Map]:
     "The maps of modules that run once and belong to no site."
     taken = tuple(f"{name}.{part}" for name in inserted(model) for part in ("added", "original"))
@@ -170,7 +170,7 @@ def _names(model, sites) -> tuple[str, ...]:
     if twice: raise AttnnasError(f"Site {twice[0]!r} is named twice. Name every site once.")
     return names
 
-
+# %% ../../nbs/networks/03_insertion.ipynb #eaf3c782
 def _check_site(model, name, maps: dict[str, Map]):
     module = dict(model.named_modules()).get(name)
     what = f"{name!r} ({type(module).__name__})"
@@ -208,7 +208,7 @@ def _make(what, name, shape) -> nn.Module:
     raise AttnnasError(f"For site {name!r} the callable gave {type(module).__name__}. "
                        "It must give an nn.Module.")
 
-
+# %% ../../nbs/networks/03_insertion.ipynb #46367975
 def _check_module(module, name, shape, device):
     what = f"The {type(module).__name__} for site {name!r}"
     try:
@@ -231,7 +231,7 @@ def _put(model: nn.Module, original: nn.Module, module: nn.Module, channel_axis:
     module.train(original.training)
     for parent, leaf in places: setattr(parent, leaf, site)
 
-
+# %% ../../nbs/networks/03_insertion.ipynb #d937460b
 @torch.no_grad()
 def _check_runs(dry: DryRun, x, added: dict[str, nn.Module], maps: dict[str, Map]):
     "Put copies of the modules into the copy of the network, and see that each of them runs once."
