@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from attnnas.networks.inception import FULL, same_padding
 from attnnas.networks.registry import create_model
-from attnnas.networks.weights import (imagenet_weights, inflate, inflate_kernel, load_weights,
+from attnnas.networks.frames import PerFrame
+from attnnas.networks.weights import (class_layers, imagenet_weights, inflate, inflate_kernel, load_weights,
                                       read_weights, save_weights, torchvision_s3d)
 from attnnas.core.errors import AttnnasError
 from attnnas.core.seeds import generator
@@ -456,3 +458,56 @@ def test_importing_imports_nothing_heavy():
             f"print([name for name in {heavy} if name in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# Wrappers and classifiers
+
+PREFIXES = ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module.")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("as_file", [False, True])
+def test_wrappers_leave_nothing_in_names(prefix, as_file, tmp_path):
+    "If this fails, weights that were saved from a wrapped network match nothing."
+    here, there = (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)) for _ in range(2))
+    weights = {prefix + name: tensor for name, tensor in there.state_dict().items()}
+    if as_file:
+        torch.save(weights, tmp_path / "w.pth")
+        weights = tmp_path / "w.pth"
+    assert load_weights(here, weights).fraction == 1 and here[1].weight.equal(there[1].weight)
+
+
+def test_wrappers_of_parts_of_both_networks_and_of_averages():
+    "If this fails, weights of compiled parts, of an averaged network, or for a wrapped network match nothing."
+    here, there = (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)) for _ in range(2))
+    there[1] = torch.compile(there[1])
+    assert load_weights(nn.DataParallel(torch.compile(here)), there).fraction == 1
+    averaged = torch.optim.swa_utils.AveragedModel(here)
+    assert load_weights(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), averaged).unexpected == ()
+
+
+def test_a_part_that_is_called_module_keeps_its_name(tmp_path):
+    "If this fails, a network whose only part is called `module` cannot load its own weights."
+    for network in (PerFrame(nn.Linear(2, 2)), nn.DataParallel(PerFrame(nn.Linear(2, 2)))):
+        torch.save(network.state_dict(), tmp_path / "w.pth")
+        assert load_weights(PerFrame(nn.Linear(2, 2)), tmp_path / "w.pth").fraction == 1
+
+
+@pytest.mark.parametrize("name, options, expected", [
+    ("two_stream", {"backbone": "mobilenetv2_035"}, ["rgb.head", "flow.head"]),
+    ("trn_multiscale", {"backbone": "resnet10t", "frames": 3}, ["head.scale2.3", "head.scale3.3"]),
+    ("i3d_small", {"head": "mlp"}, ["head.2"]), ("mobilenetv2_frames", {"mechanism": "cbam"}, ["network.backbone.classifier"])])
+def test_all_classifiers_stay_where_the_file_has_other_classes(name, options, expected):
+    "If this fails, a network of several classifiers is refused, or loses one."
+    with torch.device("meta"): here, there = (create_model(name, classes, **options) for classes in (5, 7))
+    assert list(class_layers(here)) == expected
+    with torch.device("cpu"): here, there = here.to_empty(device="cpu"), there.to_empty(device="cpu")
+    with pytest.raises(AttnnasError, match="other_classes=True"): load_weights(here, there)
+    report = load_weights(here, there, other_classes=True)
+    assert {tensor.rpartition(".")[0] for tensor in report.other_shape} == set(expected) and not report.missing
+
+
+def test_timm_says_what_its_classifier_is():
+    "If this fails, the last linear layer of a transformer is taken for its classifier, which may be another."
+    network = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, depths=(1, 1, 1, 1), embed_dim=24)
+    assert class_layers(network) == ("head.fc",)

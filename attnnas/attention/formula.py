@@ -8,6 +8,7 @@ __all__ = ['SCALINGS', 'ACTIVATIONS', 'PREPARATIONS', 'COMPATIBILITIES', 'activa
 
 # %% ../../nbs/attention/03_formula.ipynb #2c4dc0d1
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -70,15 +71,17 @@ def local(window: int, activation="softmax") -> Callable:
 
     window: the largest distance of a key from the query's place.
     activation: as in `activate`.
-    Returns: a function of scores (..., Q, P).
+    Returns: a function of scores (..., Q, P), which pickles.
     """
-    def scaling(scores: torch.Tensor) -> torch.Tensor:
-        queries, keys = (torch.arange(n, device=scores.device) for n in scores.shape[-2:])
-        far = (queries[:, None] * len(keys) // len(queries) - keys).abs() > window
-        # Not minus infinity: zero times that, in the gradient of a mixture, is NaN.
-        lowest = torch.finfo(scores.dtype).min
-        return activate(scores.masked_fill(far, lowest), activation).masked_fill(far, 0)
-    return scaling
+    return partial(_scale_near, window, activation)
+
+
+def _scale_near(window: int, activation, scores: torch.Tensor) -> torch.Tensor:
+    queries, keys = (torch.arange(n, device=scores.device) for n in scores.shape[-2:])
+    far = (queries[:, None] * len(keys) // len(queries) - keys).abs() > window
+    # Not minus infinity: zero times that, in the gradient of a mixture, is NaN.
+    lowest = torch.finfo(scores.dtype).min
+    return activate(scores.masked_fill(far, lowest), activation).masked_fill(far, 0)
 
 # %% ../../nbs/attention/03_formula.ipynb #d7e362d0
 @kernels.in_full_precision(2)
@@ -142,6 +145,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, activati
     if path == "fused": return kernels.fused(*tensors, scale)
     if path == "associative": return kernels.associative(*tensors, scale)
     if path == "triton": return kernels.triton(*tensors, activation, scale)
+    if torch.compiler.is_compiling(): return _by_rows(*tensors, activation, scale)
     if not isinstance(activation, str): return kernels.mixed(*tensors, activation, scale)
     if activation in kernels.ELEMENTWISE: return kernels.tiled(*tensors, activation, scale)
     return _by_rows(*tensors, activation, scale)
@@ -204,11 +208,17 @@ def _weigh(scores, value, activation):
     return activate(scores, activation) / scores.shape[-1] @ value
 
 
-PREPARATIONS = {
-    "dot": lambda q, k: (q, k),
-    "scaled dot": lambda q, k: (q * q.shape[-1] ** -0.5, k),
-    "cosine": lambda q, k: (F.normalize(q, dim=-1), F.normalize(k, dim=-1)),
-}
+# Functions with names, so that a module that keeps one of them pickles.
+def _dot(q, k): return q, k
+
+
+def _scaled_dot(q, k): return q * q.shape[-1] ** -0.5, k
+
+
+def _cosine(q, k): return F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+
+
+PREPARATIONS = {"dot": _dot, "scaled dot": _scaled_dot, "cosine": _cosine}
 COMPATIBILITIES = (*PREPARATIONS, "bilinear", "additive")
 
 

@@ -121,7 +121,8 @@ def can_fuse(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> boo
 
     query, key, value: (..., Q, R), (..., P, R) and (..., P, V).
     """
-    if query.device.type == "meta": return key.shape[-1] == value.shape[-1]
+    if query.device.type == "meta" or torch.compiler.is_compiling():
+        return key.shape[-1] == value.shape[-1]
     return torch._fused_sdp_choice(*_heads(query, key, value)) != 0  # 0 is the one that stores it
 
 # %% ../../nbs/attention/02_kernels.ipynb #04584db4
@@ -137,11 +138,14 @@ def by_rows(attend_rows, query: torch.Tensor, keys: int) -> torch.Tensor:
     Returns: (..., Q, V).
     """
     tile = _tile(query.device)
-    clips = max(1, query[..., 0, 0].numel())
+    # A traced program is for any number of clips.
+    clips = 1 if torch.compiler.is_compiling() else max(1, query[..., 0, 0].numel())
     rows = max(ROWS, tile * tile // (clips * keys))
-    parts = [checkpoint(attend_rows, part, use_reentrant=False, preserve_rng_state=False)
-             for part in query.split(rows, -2)]
-    return torch.cat(parts, -2)
+    parts = query.split(rows, -2)
+    # What is exported has no backward pass.
+    if torch.compiler.is_exporting(): return torch.cat([attend_rows(part) for part in parts], -2)
+    return torch.cat([checkpoint(attend_rows, part, use_reentrant=False, preserve_rng_state=False)
+                      for part in parts], -2)
 
 
 def _tile(device) -> int:
@@ -385,6 +389,9 @@ def best_path(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, activ
     if keys <= (features if features <= 256 else 4 * features): return "materialised"
     if activation == "softmax" and can_fuse(query, key, value): return "fused"
     elementwise = isinstance(activation, str) and activation in ELEMENTWISE
+    if torch.compiler.is_compiling():
+        # The traced program is for any number of clips, and knows neither tiles nor our kernel.
+        return "materialised" if queries * keys <= SMALL else "chunked"
     if query.shape[:-1].numel() * keys <= SMALL: return "materialised"
     if elementwise and can_triton(query, key, value): return "triton"
     return "chunked"

@@ -23,7 +23,7 @@ class Factor(NamedTuple):
     size: int
     channel: bool
 
-
+# %% ../../nbs/networks/00_axes.ipynb #4e98d74e
 Axis = tuple[Factor, ...]
 Axes = tuple[Axis, ...]
 
@@ -31,17 +31,17 @@ Axes = tuple[Axis, ...]
 class _Lost(Exception):
     "The axes cannot be followed through an operation."
 
-
+# %% ../../nbs/networks/00_axes.ipynb #75a0aa01
 def _length(axis: Axis) -> int: return math.prod(factor.size for factor in axis)
 
-
+# %% ../../nbs/networks/00_axes.ipynb #9114c764
 def _has_channels(axis: Axis) -> bool: return any(factor.channel for factor in axis)
 
-
+# %% ../../nbs/networks/00_axes.ipynb #a7fb6350
 def _only_channels(axis: Axis) -> bool:
     return all(factor.channel for factor in axis if factor.size != 1)
 
-
+# %% ../../nbs/networks/00_axes.ipynb #43f9fe69
 def _whole(shape, channel: int | None = None) -> Axes:
     "Axes of one factor each, of which one is the channels."
     return tuple((Factor(size, place == channel),) for place, size in enumerate(shape))
@@ -71,7 +71,7 @@ def _resized(axis: Axis, size: int) -> Axis:
     if _has_channels(axis) and not _only_channels(axis): raise _Lost
     return (Factor(size, _has_channels(axis)),)
 
-
+# %% ../../nbs/networks/00_axes.ipynb #d2dab153
 def _common(inputs: list[Axes], shape) -> Axes:
     "The axes of an output of `shape`, made of inputs whose axes keep their places."
     if max(map(len, inputs)) > len(shape): raise _Lost
@@ -110,7 +110,7 @@ def _argument(function, args, kwargs, name: str):
         return args[place] if place < len(args) else kwargs.get(name, argument.default_value)
     raise _Lost
 
-
+# %% ../../nbs/networks/00_axes.ipynb #cc6b6eee
 def _moved(name: str, function, args, kwargs, axes: Axes, shape) -> Axes | None:
     "The axes of an output whose operation moves or takes away the axes of its first input."
     if name in _VIEWS: return _view(axes, shape)
@@ -206,7 +206,7 @@ class ChannelAxes(TorchDispatchMode):
             self._axes[_place(tensor)] = axes
         return made
 
-
+# %% ../../nbs/networks/00_axes.ipynb #42ef8103
 def _place(tensor: torch.Tensor) -> tuple:
     "What stays the same of a tensor when autograd wraps it anew."
     storage = tensor.untyped_storage()._cdata

@@ -50,7 +50,7 @@ class Chain(NamedTuple):
     channels: dict[str, int]
     side: int
 
-
+# %% ../../nbs/networks/06_frames.ipynb #5c68ffa2
 @torch.no_grad()
 def _chain(net: nn.Module, in_channels: int) -> Chain:
     "Raises: AttnnasError where the top parts of `net` are no chain of feature maps."
@@ -75,7 +75,7 @@ def _chain(net: nn.Module, in_channels: int) -> Chain:
     side = 1 if fits(1) else sides[bisect.bisect_left(sides, True, key=fits)]
     return Chain({name: gave.shape[1] for name, _, gave in top}, side)
 
-
+# %% ../../nbs/networks/06_frames.ipynb #c1b814cb
 def _is_chain(calls: list[tuple], width: int) -> bool:
     """Tell whether each part read what the part before it gave.
 
@@ -101,7 +101,7 @@ def _image_network(backbone: str, in_channels: int) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d) and module.affine: nn.init.ones_(module.weight)
     return net
 
-
+# %% ../../nbs/networks/06_frames.ipynb #9ca87a6d
 def _per_frame(part: nn.Module) -> nn.Module:
     if type(part) is not nn.Sequential: return PerFrame(part)
     blocks = ((name, PerFrame(block)) for name, block in part.named_children())
@@ -273,7 +273,7 @@ def temporal_block(channels: int) -> nn.Sequential:
     conv = nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0), bias=False)
     return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm3d(channels), act=nn.ReLU()))
 
-
+# %% ../../nbs/networks/06_frames.ipynb #34a740e4
 def _separable(channels: int, width: int) -> list[nn.Module]:
     channelwise = nn.Conv1d(channels, channels, 3, padding=1, groups=channels)
     return [channelwise, nn.Conv1d(channels, width, 1)]
@@ -416,7 +416,7 @@ def r50_frames(num_classes: int, backbone: str = "resnet50", **options) -> Frame
     """
     return FrameAverage(num_classes, backbone, (64, 224, 224), **options)
 
-
+# %% ../../nbs/networks/06_frames.ipynb #21f8300b
 def tsn_r50(num_classes: int, backbone: str = "resnet50", **options) -> FrameAverage:
     """Temporal segment network on ResNet-50, average consensus of 25 test frames.
 
@@ -426,7 +426,7 @@ def tsn_r50(num_classes: int, backbone: str = "resnet50", **options) -> FrameAve
     """
     return FrameAverage(num_classes, backbone, (25, 224, 224), **options)
 
-
+# %% ../../nbs/networks/06_frames.ipynb #aebcedaf
 def tsn_irv2(num_classes: int, backbone: str = "inception_resnet_v2", **options) -> FrameAverage:
     """Temporal segment network on Inception-ResNet-v2, 25 test frames at 331 x 331.
 
@@ -450,7 +450,7 @@ def trn_multiscale(num_classes: int, backbone: str = "inception_v3", frames: int
     clip = (frames * stack, 224, 224)
     return RelationNetwork(num_classes, backbone, clip, stack=stack, **options)
 
-
+# %% ../../nbs/networks/06_frames.ipynb #075fb527
 def stnet(num_classes: int, backbone: str = "resnet50", stack: int = 5, **options) -> StNet:
     """StNet on ResNet-50: 25 super-images of five frames at 256 x 256 [choice], two default sites.
 
@@ -472,7 +472,7 @@ def stnet_irv2(num_classes: int, backbone: str = "inception_resnet_v2", stack: i
     options = {"temporal_after": ("block8",)} | options
     return StNet(num_classes, backbone, (25 * stack, 331, 331), stack=stack, **options)
 
-
+# %% ../../nbs/networks/06_frames.ipynb #de70a74e
 def cnn_lstm(num_classes: int, backbone: str = "resnet50", **options) -> FrameLSTM:
     """2D-CNN with LSTM (LRCN): an LSTM on the features of 16 frames, ResNet-50 [choice].
 
@@ -512,7 +512,7 @@ def tsn_two_stream(num_classes: int, backbone: str = "resnet50", flow_weight: fl
     """
     return two_stream(num_classes, backbone, flow_weight=flow_weight, **options)
 
-
+# %% ../../nbs/networks/06_frames.ipynb #549f5009
 def trn_two_stream(num_classes: int, backbone: str = "inception_v3", stack: int = 5,
                    **options) -> TwoStream:
     """Multi-scale temporal relation network on RGB and on flow: eight frames, eight stacks of five.

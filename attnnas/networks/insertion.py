@@ -55,7 +55,7 @@ class Site(nn.Module):
             super().__setattr__(name, value)
         else: setattr(original, name, value)
 
-
+# %% ../../nbs/networks/03_insertion.ipynb #c673e6ae
 class SiteOfSeveral(Site):
     "A site whose module has a length and items, such as an nn.Sequential."
     def __len__(self): return len(self.original)
@@ -68,13 +68,13 @@ def inserted(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module.added for name, module in model.named_modules()
             if isinstance(module, Site)}
 
-
+# %% ../../nbs/networks/03_insertion.ipynb #f0c7d696
 def _places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
     "Every parent of `module` in `model`, with the module's name there."
     return [(parent, leaf) for parent in model.modules()
             for leaf, child in parent._modules.items() if child is module]
 
-
+# %% ../../nbs/networks/03_insertion.ipynb #71c8d5f8
 def remove(model: nn.Module) -> nn.Module:
     """Undo every `insert`, in place.
 
@@ -98,12 +98,12 @@ class Map(NamedTuple):
     shape: tuple[int, ...]
     channel_axis: int | None
 
-
+# %% ../../nbs/networks/03_insertion.ipynb #4f0bff5e
 def _device(example):
     tensors = [part for part in tree_leaves(example) if isinstance(part, torch.Tensor)]
     return tensors[0].device if tensors else "meta"
 
-
+# %% ../../nbs/networks/03_insertion.ipynb #346769e4
 @torch.no_grad()
 def _maps(dry: DryRun, x) -> dict[str, list[Map]]:
     "Module name -> the maps that it gives, one for each call in a forward pass."
@@ -132,7 +132,7 @@ def _dry_run(model: nn.Module, example) -> tuple[DryRun, object]:
     dry = DryRun(model, _device(example), advice=EXAMPLE)
     return dry, dry.input(example)
 
-
+# %% ../../nbs/networks/03_insertion.ipynb #2429aa3a
 def _free(model: nn.Module, maps: dict[str, list[Map]]) -> dict[str, Map]:
     "The maps of modules that run once and belong to no site."
     taken = tuple(f"{name}.{part}" for name in inserted(model) for part in ("added", "original"))
@@ -170,7 +170,7 @@ def _names(model, sites) -> tuple[str, ...]:
     if twice: raise AttnnasError(f"Site {twice[0]!r} is named twice. Name every site once.")
     return names
 
-
+# %% ../../nbs/networks/03_insertion.ipynb #eaf3c782
 def _check_site(model, name, maps: dict[str, Map]):
     module = dict(model.named_modules()).get(name)
     what = f"{name!r} ({type(module).__name__})"
@@ -208,7 +208,7 @@ def _make(what, name, shape) -> nn.Module:
     raise AttnnasError(f"For site {name!r} the callable gave {type(module).__name__}. "
                        "It must give an nn.Module.")
 
-
+# %% ../../nbs/networks/03_insertion.ipynb #46367975
 def _check_module(module, name, shape, device):
     what = f"The {type(module).__name__} for site {name!r}"
     try:
@@ -222,9 +222,8 @@ def _check_module(module, name, shape, device):
         raise AttnnasError(f"{what} turns {shape} into {gives}. It must keep the shape.")
 
 # %% ../../nbs/networks/03_insertion.ipynb #4582ce19
-def _put(model: nn.Module, name: str, module: nn.Module, channel_axis: int):
-    "Replace the module called `name` by a site, under all of its names."
-    original = model.get_submodule(name)
+def _put(model: nn.Module, original: nn.Module, module: nn.Module, channel_axis: int):
+    "Replace `original` by a site, under all of its names."
     places = _places(model, original)
     kind = SiteOfSeveral if hasattr(type(original), "__len__") else Site
     site = kind(original, module, channel_axis)
@@ -232,15 +231,19 @@ def _put(model: nn.Module, name: str, module: nn.Module, channel_axis: int):
     module.train(original.training)
     for parent, leaf in places: setattr(parent, leaf, site)
 
-
+# %% ../../nbs/networks/03_insertion.ipynb #d937460b
 @torch.no_grad()
 def _check_runs(dry: DryRun, x, added: dict[str, nn.Module], maps: dict[str, Map]):
     "Put copies of the modules into the copy of the network, and see that each of them runs once."
-    for name, module in added.items():
-        _put(dry.model, name, copy.deepcopy(module).to(dry.device), maps[name].channel_axis)
+    originals = {name: dry.model.get_submodule(name) for name in added}
+    copies = copy.deepcopy(added)
+    for name, module in copies.items():
+        module.to(dry.device, home(originals[name], dry.model).dtype)
+        _put(dry.model, originals[name], module, maps[name].channel_axis)
+    names = {module: name for name, module in dry.model.named_modules()}
     ran = [call.module for call in dry.calls(x)]
-    for name in added:
-        count = ran.count(f"{name}.added")
+    for name, module in copies.items():
+        count = ran.count(names[module])
         if count == 1: continue
         raise AttnnasError(f"What is inserted at {name!r} would run {count} times in a forward "
                            f"pass: {type(dry.model).__name__} keeps the module in another place "
@@ -269,7 +272,9 @@ def insert(model: nn.Module, what, sites=None, example=None) -> nn.Module:
     added = {name: _make(what, name, maps[name].shape) for name in names}
     for name, module in added.items(): _check_module(module, name, maps[name].shape, dry.device)
     _check_runs(dry, x, added, maps)
+    originals = {name: model.get_submodule(name) for name in names}
     for name, module in added.items():
-        like = home(model.get_submodule(name), model)
-        _put(model, name, module.to(like.device, like.dtype), maps[name].channel_axis)
+        like = home(originals[name], model)
+        module.to(like.device, like.dtype)
+        _put(model, originals[name], module, maps[name].channel_axis)
     return model

@@ -35,18 +35,18 @@ def _added(total, a, b, **options) -> int:
     "Work of total += a @ b, from the shapes (..., m, k) and (..., k, n)."
     return 2 * math.prod(a) * b[-1]
 
-
+# %% ../../nbs/networks/11_profile.ipynb #2e618887
 def _vector(a, b, **options) -> int:
     "Work of a matrix (m, k), or a vector (k,), times a vector (k,)."
     return 2 * math.prod(a)
 
-
+# %% ../../nbs/networks/11_profile.ipynb #b73a367f
 def _added_vector(total, a, b, **options) -> int: return _vector(a, b)
 
-
+# %% ../../nbs/networks/11_profile.ipynb #504965a9
 def _outer(total, a, b, **options) -> int: return 2 * math.prod(a) * math.prod(b)
 
-
+# %% ../../nbs/networks/11_profile.ipynb #812e5d69
 def _trilinear(a, b, c, expand_a, expand_b, expand_c, *rest, **options) -> int:
     "Work of the sum of a * b * c, after axes were inserted that are broadcast."
     wide = []
@@ -56,7 +56,7 @@ def _trilinear(a, b, c, expand_a, expand_b, expand_c, *rest, **options) -> int:
         wide.append(shape)
     return 2 * math.prod(map(max, *wide))
 
-
+# %% ../../nbs/networks/11_profile.ipynb #57a2eab9
 _aten = torch.ops.aten
 _FORMULAS = {
     _aten.addmm_: _added, _aten.baddbmm_: _added, _aten.addbmm: _added, _aten.addbmm_: _added,
@@ -104,7 +104,7 @@ def _work(model, shape) -> list[Call]:
                        "whose work is not known here, so that its cost would come out too low. "
                        "Write it with matrix products or convolutions, or count the rest alone.")
 
-
+# %% ../../nbs/networks/11_profile.ipynb #8738a13a
 def count_flops(model: nn.Module, shape) -> int:
     """Count 2 x the multiply-adds of one forward pass.
 
@@ -129,13 +129,13 @@ class _AsFused(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, y, sums)
         return y
 
-
+# %% ../../nbs/networks/11_profile.ipynb #becb65b5
 class _FusedAttention(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         fused = function is F.scaled_dot_product_attention and _has_kernel(*args[:3])
         return _AsFused.apply(*args[:3]) if fused else function(*args, **kwargs or {})
 
-
+# %% ../../nbs/networks/11_profile.ipynb #5371ac88
 def _has_kernel(query, key, value) -> bool:
     same_features = query.shape[-1] == key.shape[-1] == value.shape[-1]
     return query.device.type == "meta" and query.ndim == 4 and same_features
@@ -158,7 +158,7 @@ def _saved(model, shape, device="meta") -> list[Call]:
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing)
     with torch.enable_grad(), _FusedAttention(), hooks: return dry.calls(x, total)
 
-
+# %% ../../nbs/networks/11_profile.ipynb #45a72706
 def activation_bytes(model: nn.Module, shape) -> int:
     """Count the bytes that one forward pass in training mode keeps for its backward pass.
 
@@ -178,7 +178,7 @@ def _clock(device) -> float:
     if torch.device(device).type == "cuda": torch.cuda.synchronize(device)
     return time.perf_counter()
 
-
+# %% ../../nbs/networks/11_profile.ipynb #646e48de
 def _seconds(model, shape, device, repeats: int) -> dict[str, float]:
     "Module name -> median seconds of a forward pass."
     if repeats < 1: raise AttnnasError(f"repeats must be at least 1, got {repeats}.")
@@ -237,7 +237,7 @@ def profile(model: nn.Module, shape, device=None, repeats: int = 5) -> dict:
     whole = profile_modules(model, shape, device, repeats)[0]
     return {name: whole[name] for name in whole if name not in ("module", "type", "share")}
 
-
+# %% ../../nbs/networks/11_profile.ipynb #02069b64
 def profile_sites(model: nn.Module, shape, device=None, repeats: int = 5) -> dict[str, dict]:
     """Tell what `insert` added.
 
@@ -302,16 +302,16 @@ def _input(example) -> str:
     shape = shapes_of(example)
     return " x ".join(map(str, shape)) if all(isinstance(n, int) for n in shape) else str(shape)
 
-
+# %% ../../nbs/networks/11_profile.ipynb #03a10e40
 def _depth(module: str) -> int: return len(module.split(".")) if module else 0
 
-
+# %% ../../nbs/networks/11_profile.ipynb #df8739ec
 def _line(texts: list[str], widths: list[int]) -> str:
     left = [text.ljust(width) for text, width in zip(texts[:2], widths)]
     right = [text.rjust(width) for text, width in zip(texts[2:], widths[2:])]
     return "  ".join(left + right).rstrip()
 
-
+# %% ../../nbs/networks/11_profile.ipynb #f699a2e8
 def _texts(row: dict) -> list[str]:
     saved = row["activation_bytes"]
     texts = [row["module"] or "(whole)", row["type"], f"{row['parameters']:,}",
@@ -319,7 +319,7 @@ def _texts(row: dict) -> list[str]:
              "-" if saved is None else f"{saved / 2**20:.1f}"]
     return texts + [f"{1e3 * row['seconds']:.2f}"] if "seconds" in row else texts
 
-
+# %% ../../nbs/networks/11_profile.ipynb #97cb3287
 def _sum(rows: list[dict], name: str) -> dict:
     "One row for several."
     total = {"module": name, "type": ""}

@@ -40,7 +40,7 @@ def _torch_file(path):
     first = re.split(r"[.\n]", told)[0]
     raise AttnnasError(f"{path} is damaged, or no torch file: {first}. Fetch it again.")
 
-
+# %% ../../nbs/networks/09_weights.ipynb #875efbcd
 def _safetensors_file(path):
     try: return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
@@ -52,7 +52,7 @@ def _is_state_dict(value) -> bool:
     is_mapping = isinstance(value, Mapping) and bool(value)
     return is_mapping and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
 
-
+# %% ../../nbs/networks/09_weights.ipynb #464a9b8d
 def _read(path) -> dict[str, torch.Tensor]:
     "Read the state dict in a file, with the names that it has there; see `read_weights`."
     try:
@@ -93,14 +93,14 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
-
+# %% ../../nbs/networks/09_weights.ipynb #99da6a14
 def _parallel_depth(names) -> int:
     "Count how often all names start with PARALLEL."
     depth = 0
     while names and all(name.startswith(PARALLEL * (depth + 1)) for name in names): depth += 1
     return depth
 
-
+# %% ../../nbs/networks/09_weights.ipynb #971e674f
 def _bare(tensors: Mapping, known=()) -> dict[str, torch.Tensor]:
     """Strip wrappers' names.
 
@@ -113,7 +113,7 @@ def _bare(tensors: Mapping, known=()) -> dict[str, torch.Tensor]:
     depth = max(0, _parallel_depth(bare) - _parallel_depth(known))
     return {name.removeprefix(PARALLEL * depth): tensor for name, tensor in bare.items()}
 
-
+# %% ../../nbs/networks/09_weights.ipynb #817a1a53
 def _network(model: nn.Module) -> nn.Module:
     "Take a network out of its wrappers: compiled, or for several devices."
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -166,7 +166,7 @@ class LoadReport:
 
     __repr__ = __str__
 
-
+# %% ../../nbs/networks/09_weights.ipynb #cf921859
 def _some(names, most: int = 4) -> str:
     shown = ", ".join(names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
@@ -195,7 +195,7 @@ def _compare(model, tensors: dict, unexpected=(),
                         fraction)
     return report, fits | made
 
-
+# %% ../../nbs/networks/09_weights.ipynb #7a8c3ec9
 def _squeezed(tensor) -> tuple:
     "Return the shape without trailing ones."
     shape = tuple(tensor.shape)
@@ -216,13 +216,13 @@ def class_layers(model: nn.Module) -> tuple[str, ...]:
     known = tuple(name for name in said if name in modules)
     return known or tuple(name for name, module in modules.items() if _is_pointwise(module))[-1:]
 
-
+# %% ../../nbs/networks/09_weights.ipynb #e1e9466b
 def _is_pointwise(module) -> bool:
     "Tell whether a module can be a classifier: a linear layer or a 1x1 convolution."
     is_conv = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     return isinstance(module, nn.Linear) or is_conv and math.prod(module.kernel_size) == 1
 
-
+# %% ../../nbs/networks/09_weights.ipynb #fb8c39bc
 def _class_tensors(model) -> set[str]:
     "Name the parameters of the layers that know the classes."
     names = class_layers(model)
@@ -273,7 +273,7 @@ def _tensors(weights, known=()) -> tuple[dict, str]:
     raise AttnnasError("Expected a file, a module or a state dict (name -> tensor), got a "
                        f"dictionary of {_some(list(map(str, weights)))}.")
 
-
+# %% ../../nbs/networks/09_weights.ipynb #2e50c935
 def _renamed(name: str, rename) -> str | None:
     if rename is None: return name
     if callable(rename): return rename(name)
@@ -317,7 +317,7 @@ def _translated(name: str, table: Mapping) -> str:
     pattern = r"\b(?:" + "|".join(re.escape(part) for part in table) + r")\b"
     return re.sub(pattern, lambda part: table[part[0]], name).replace("..", ".")
 
-
+# %% ../../nbs/networks/09_weights.ipynb #4f0f873e
 def torchvision_s3d(model: InceptionVideo) -> dict[str, str]:
     """Translate torchvision's names of S3D's tensors; the result is a `rename` of `load_weights`.
 
@@ -350,7 +350,7 @@ def _googlenet_block(layer: str) -> str:
     "Name a block, such as Mixed_4b, as torchvision does: inception4a."
     return f"inception{layer[6]}{chr(ord(layer[7]) - 1)}"
 
-
+# %% ../../nbs/networks/09_weights.ipynb #b46699aa
 BLOCKS = [layer for layer in FULL if layer.startswith("Mixed")]
 GOOGLENET = {layer: _googlenet_block(layer) for layer in BLOCKS} | {
     "Conv3d_1a_7x7": "conv1",
@@ -394,7 +394,7 @@ def _resnet_name(name: str, stages: list[str]) -> str:
         if match: return f"{theirs}.{match[2]}"
     return name
 
-
+# %% ../../nbs/networks/09_weights.ipynb #e03e984d
 def _names_2d(model) -> Callable[[str], str]:
     "Return the function from a name in `model` to the name in its 2-D network."
     if isinstance(model, InceptionVideo): return lambda name: _translated(name, GOOGLENET)
@@ -413,7 +413,7 @@ def _inflated(kernel: torch.Tensor, like: torch.Tensor, mode: str) -> torch.Tens
         kernel = kernel.mean(1, keepdim=True).repeat(1, like.shape[1], 1, 1)
     return inflate_kernel(kernel, like.shape[2], mode)
 
-
+# %% ../../nbs/networks/09_weights.ipynb #90f74de4
 def _temporal_identities(model, mode: str) -> dict[str, torch.Tensor]:
     """Make the temporal layers of a separable network.
 
@@ -489,7 +489,7 @@ def imagenet_weights(name: str, path=None) -> dict[str, torch.Tensor]:
     if not path.exists(): _fetch(url, path)
     return read_weights(path)
 
-
+# %% ../../nbs/networks/09_weights.ipynb #9265cef8
 def _fetch(url: str, path: Path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -55,6 +55,7 @@ class VisualNetwork(nn.Module):
             layer = f"attention.{stage}" if in_attention else f"backbone.blocks.{group}"
             self.layers[stage] = layer
         self.example_shape = (1, backbone.conv_stem.in_channels, 224, 224)
+        self.class_layers = ("backbone.classifier",)
 
     def walk(self, x: torch.Tensor, after) -> torch.Tensor:
         """Return the last map of the backbone.
@@ -110,6 +111,7 @@ class BranchNetwork(VisualNetwork):
         self.fusion = choose(fusion, FUSIONS, "fusion")
         sizes = answers if fusion == "mean" else [sum(answers)]
         self.classifiers = nn.ModuleList(nn.Linear(size, num_classes) for size in sizes)
+        self.class_layers = tuple(f"classifiers.{i}" for i in range(len(sizes)))
 
     def forward(self, x: torch.Tensor, return_masks: bool = False):
         local = {}

@@ -26,7 +26,9 @@ class VisualFrames(Backbone):
     """
     def __init__(self, network: VisualNetwork, clip: tuple[int, int, int], stack: int = 1,
                  drawn: int | None = None, side: int = 64):
-        super().__init__(network.example_shape[1] // stack, clip, (stack, side, side))
+        class_layers = [f"network.{name}" for name in network.class_layers]
+        super().__init__(network.example_shape[1] // stack, clip, (stack, side, side),
+                         class_layers=class_layers)
         self.network = network
         self.stack = stack
         self.drawn = drawn
