@@ -167,9 +167,7 @@ def _in_order(container, stream, order: _Order, wanted: set, path: Path, stop):
         # A container may be entered earlier than was asked for.
         is_early = not begun and frame.pts is not None and frame.pts < time
         if is_early: continue
-        # Two fields in two packets are one picture.
-        as_said = frame.pts == time and not frame.interlaced_frame
-        if not as_said or (frame.width, frame.height) != size: raise _OutOfOrder
+        if frame.pts != time or (frame.width, frame.height) != size: raise _OutOfOrder
         if number in wanted: yield frame
         if number >= max(wanted): return
         number += 1

@@ -7,47 +7,106 @@ __all__ = ['packet_reader']
 
 # %% ../../nbs/data/02_packets.ipynb #42bba18b
 from collections.abc import Callable
-from functools import partial
 
 # %% ../../nbs/data/02_packets.ipynb #79913376
-def _units(data, width: int):
-    "Yield where each unit of a packet starts; `width`: bytes of a unit's length. Raises: ValueError."
-    at = 0
-    while at < len(data):
-        start = at + width
-        size = int.from_bytes(data[at:start], "big")
-        at = start + size
-        if at > len(data): raise ValueError("a unit is cut off")
-        if size: yield start
+class _Bits:
+    "Read numbers from the bits of a unit."
+    def __init__(self, data: bytes):
+        plain = bytes(data).replace(b"\0\0\3", b"\0\0")       # what keeps start codes out
+        self.bits = f"{int.from_bytes(plain, 'big'):0{8 * len(plain)}b}"
+        self.at = 0
+
+    def fixed(self, width: int) -> int:
+        "Return a number of `width` bits. Raises: ValueError at the end."
+        self.at += width
+        return int(self.bits[self.at - width:self.at], 2)
+
+    def golomb(self) -> int:
+        "Return a number of Exp-Golomb code, ue(v). Raises: ValueError at the end."
+        zeros = self.bits.index("1", self.at) - self.at
+        self.at += zeros
+        return self.fixed(zeros + 1) - 1
 
 # %% ../../nbs/data/02_packets.ipynb #36d5afe6
-_IDR = {"h264": {5}, "hevc": {19, 20}}
+_HIGH_PROFILES = {44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244}
 
 
-def _h264(data, at: int) -> int | None:
-    "Return the type of a unit that begins a picture, else None."
-    kind = data[at] & 31
-    if kind in (2, 3, 4, 14, 19, 20, 21): raise ValueError("parts, layers or views of pictures")
-    return kind if kind in (1, 5) and data[at + 1] >= 128 else None
+def _frame_num_width(parameters: bytes) -> int:
+    """Return how many bits `frame_num` has.
 
-
-def _hevc(data, at: int) -> int | None:
-    "Return the type of a unit that begins a picture, else None."
-    kind = data[at] >> 1 & 63
-    layer = (data[at] & 1) << 5 | data[at + 1] >> 3
-    if layer: raise ValueError("layers or views of pictures")
-    return kind if kind < 32 and data[at + 2] >= 128 else None
+    parameters: a sequence parameter set.
+    Raises: ValueError for streams that are not followed here: fields, and numbers left out.
+    """
+    bits = _Bits(parameters[1:])
+    profile = bits.fixed(8)
+    bits.fixed(16)
+    bits.golomb()
+    if profile in _HIGH_PROFILES:
+        if bits.golomb() == 3 and bits.fixed(1): raise ValueError("colours apart")
+        bits.golomb()
+        bits.golomb()
+        bits.fixed(1)
+        if bits.fixed(1): raise ValueError("scaling matrices")
+    width = bits.golomb() + 4
+    order = bits.golomb()
+    if order == 0: bits.golomb()
+    if order == 1: raise ValueError("an order by a table")
+    bits.golomb()
+    gaps_allowed = bits.fixed(1)
+    bits.golomb()
+    bits.golomb()
+    frames_only = bits.fixed(1)
+    if gaps_allowed or not frames_only: raise ValueError("gaps or fields")
+    return width
 
 # %% ../../nbs/data/02_packets.ipynb #7024abdd
-def _look_at_units(data, width: int, begun: Callable, idr: set) -> bool | None:
-    "See `packet_reader`; `begun`: `_h264` or `_hevc`."
-    pictures = []
-    try:
-        for at in _units(data, width):
-            kind = begun(data, at)
-            if kind is not None: pictures.append(kind)
-    except (ValueError, IndexError): return None
-    return pictures[0] in idr if len(pictures) == 1 else None
+class _H264:
+    """Look at the packets of a stream, one after the other; see `packet_reader`.
+
+    header: an AVCDecoderConfigurationRecord.
+    Raises: ValueError for a stream that is not followed here.
+    """
+    def __init__(self, header: bytes):
+        is_record = len(header) > 8 and header[0] == 1 and header[5] & 31 == 1
+        if not is_record: raise ValueError("no record with one set of parameters")
+        self.length = (header[4] & 3) + 1
+        end = 8 + int.from_bytes(header[6:8], "big")
+        self.parameters = bytes(header[8:end])
+        self.width = _frame_num_width(self.parameters)
+        self.reference = 0
+
+    def __call__(self, data) -> bool | None:
+        begun = []
+        try:
+            for unit in self._units(data):
+                kind = unit[0] & 31
+                if kind == 7 and unit != self.parameters: return None
+                # Parts, layers, views.
+                if kind in (2, 3, 4, 14, 19, 20, 21): return None
+                if kind in (1, 5) and unit[1] >= 128: begun.append(unit)
+            return self._follows(begun[0]) if len(begun) == 1 else None
+        except (ValueError, IndexError): return None
+
+    def _units(self, data):
+        "Yield the units of a packet. Raises: ValueError where one is cut off."
+        at = 0
+        while at < len(data):
+            start = at + self.length
+            at = start + int.from_bytes(data[at:start], "big")
+            if at > len(data): raise ValueError("a unit is cut off")
+            if at > start: yield data[start:at]
+
+    def _follows(self, unit) -> bool | None:
+        "Return whether a picture is an IDR picture; None where one before it is missing."
+        bits = _Bits(unit[1:16])
+        for _ in ("first macroblock", "type of slice", "picture parameters"): bits.golomb()
+        number = bits.fixed(self.width)
+        is_idr = unit[0] & 31 == 5
+        is_next = number == (self.reference + 1) % 2**self.width
+        if not (is_idr or is_next): return None
+        is_reference = unit[0] >> 5 & 3
+        if is_reference: self.reference = number
+        return is_idr
 
 # %% ../../nbs/data/02_packets.ipynb #dd1a00bb
 def _look_at_vp8(data) -> bool | None:
@@ -88,18 +147,15 @@ def _look_at_vp9(data) -> bool | None:
 
 # %% ../../nbs/data/02_packets.ipynb #b9ffe6b0
 def packet_reader(codec: str, header: bytes) -> Callable | None:
-    """Return a function that looks at the packets of a stream, or None where the codec is not known here.
+    """Return a function that looks at the packets of a stream, or None where nothing can be told.
 
     codec: FFmpeg's name of it.
     header: the stream's extra data.
-    Returns: a function, bytes of a packet -> True where decoding may begin with it, False for any
-        other shown picture, None where it does not hold exactly one shown picture, or cannot be
-        followed.
+    Returns: a function, to be called with each packet in turn: bytes -> True where decoding may
+        begin with it, False for any other shown picture, None where it does not hold exactly one
+        shown picture, or cannot be followed.
     """
     if codec == "vp8": return _look_at_vp8
     if codec == "vp9": return _look_at_vp9
-    # Units have their lengths before them where the header is a record of version 1.
-    place = {"h264": 4, "hevc": 21}.get(codec)
-    if place is None or len(header) <= place or header[0] != 1: return None
-    begun = {"h264": _h264, "hevc": _hevc}[codec]
-    return partial(_look_at_units, width=(header[place] & 3) + 1, begun=begun, idr=_IDR[codec])
+    try: return _H264(header) if codec == "h264" else None
+    except (ValueError, IndexError): return None
