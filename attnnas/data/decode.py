@@ -337,5 +337,6 @@ def probe(path, full: bool = True, max_pixels: int = MAX_PIXELS,
         if not times: raise Unreadable(path, "no frames")
         count = len(times)
         # Times are fractions, so that a rate is 12, not 11.999.
-        if count > 1 and _tells(times): rate = (count - 1) / ((times[-1] - times[0]) * stream.time_base)
+        if count > 1 and _tells(times):
+            rate = (count - 1) / ((times[-1] - times[0]) * stream.time_base)
     return VideoInfo(float(count / rate) if rate else 0., count, wide, high, float(rate))
