@@ -255,6 +255,9 @@ def with_edits(path: Path, draw: random.Random):
 
 # ---- packed B-frames
 
+NOT_CODED = (b"\0\0\1\xb6\x50\x4f", False)       # "as before", where a picture was sent earlier
+
+
 def packed(path: Path, draw: random.Random) -> int:
     "Write MPEG-4 as DivX and XviD packed it: a picture and the B-frame after it in one packet."
     coder = av.CodecContext.create("mpeg4", "w")
@@ -272,7 +275,7 @@ def packed(path: Path, draw: random.Random) -> int:
     coded += [bytes(packet) for packet in coder.encode()]
     said = draw.choice([b"DivX503b1393p", b"DivX501b481p", b"XviD0046"])
     packets = []
-    waiting = 0
+    waiting = False
     for data in coded:
         at = data.find(b"\0\0\1\xb6")
         kind = data[at + 4] >> 6
@@ -280,12 +283,13 @@ def packed(path: Path, draw: random.Random) -> int:
         is_b = kind == 2
         if is_b and packets and not waiting:
             packets[-1] = (packets[-1][0] + data, packets[-1][1])
-            waiting = 1
+            waiting = True
         elif is_b: packets.append((data, False))
         else:
-            if waiting: packets.append((b"\0\0\1\xb6\x50\x4f", False))     # "not coded"
-            waiting = 0
+            if waiting: packets.append(NOT_CODED)
+            waiting = False
             packets.append((data, kind == 0))
+    if waiting: packets.append(NOT_CODED)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=25)
         stream.height, stream.width, stream.pix_fmt = HIGH, WIDE, "yuv420p"
