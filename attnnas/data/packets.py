@@ -31,13 +31,46 @@ class _Bits:
 _HIGH_PROFILES = {44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244}
 
 
-def _frame_num_width(parameters: bytes) -> int:
-    """Return how many bits `frame_num` has.
+def _says_delay(bits: _Bits) -> bool:
+    "Say whether the end of a parameter set tells how far pictures are reordered."
+    bits.fixed(1)
+    is_cropped = bits.fixed(1)
+    for _ in range(4 * is_cropped): bits.golomb()
+    if not bits.fixed(1): return False
+    has_aspect = bits.fixed(1)
+    if has_aspect and bits.fixed(8) == 255: bits.fixed(32)
+    if bits.fixed(1): bits.fixed(1)                     # overscan
+    if bits.fixed(1):                                   # colours
+        bits.fixed(4)
+        if bits.fixed(1): bits.fixed(24)
+    for _ in range(2 * bits.fixed(1)): bits.golomb()    # where colours lie
+    if bits.fixed(1): bits.fixed(65)                    # timing
+    buffers = [_skip_buffer(bits) for _ in range(2)]
+    if any(buffers): bits.fixed(1)
+    bits.fixed(1)
+    return bool(bits.fixed(1))
 
-    parameters: a sequence parameter set.
+
+def _skip_buffer(bits: _Bits) -> bool:
+    "Skip the parameters of a buffer. Returns: whether there are some."
+    if not bits.fixed(1): return False
+    count = bits.golomb() + 1
+    bits.fixed(8)
+    for _ in range(count):
+        bits.golomb()
+        bits.golomb()
+        bits.fixed(1)
+    bits.fixed(20)
+    return True
+
+# %% ../../nbs/data/02_packets.ipynb #7024abdd
+def _parameters(unit: bytes) -> tuple[int, bool]:
+    """Return how many bits `frame_num` has, and whether it is said how far pictures are reordered.
+
+    unit: a sequence parameter set.
     Raises: ValueError for streams that are not followed here: fields, and numbers left out.
     """
-    bits = _Bits(parameters[1:])
+    bits = _Bits(unit[1:])
     profile = bits.fixed(8)
     bits.fixed(16)
     bits.golomb()
@@ -57,9 +90,9 @@ def _frame_num_width(parameters: bytes) -> int:
     bits.golomb()
     frames_only = bits.fixed(1)
     if gaps_allowed or not frames_only: raise ValueError("gaps or fields")
-    return width
+    return width, _says_delay(bits)
 
-# %% ../../nbs/data/02_packets.ipynb #7024abdd
+# %% ../../nbs/data/02_packets.ipynb #13bd397c
 class _H264:
     """Look at the packets of a stream, one after the other; see `packet_reader`.
 
@@ -72,7 +105,7 @@ class _H264:
         self.length = (header[4] & 3) + 1
         end = 8 + int.from_bytes(header[6:8], "big")
         self.parameters = bytes(header[8:end])
-        self.width = _frame_num_width(self.parameters)
+        self.width, self.says_delay = _parameters(self.parameters)
         self.reference = 0
 
     def __call__(self, data) -> bool | None:
@@ -99,7 +132,11 @@ class _H264:
     def _follows(self, unit) -> bool | None:
         "Return whether a picture is an IDR picture; None where one before it is missing."
         bits = _Bits(unit[1:16])
-        for _ in ("first macroblock", "type of slice", "picture parameters"): bits.golomb()
+        bits.golomb()
+        # A decoder that must guess how far B-frames are reordered may lose some at first.
+        is_b = bits.golomb() % 5 == 1
+        if is_b and not self.says_delay: return None
+        bits.golomb()
         number = bits.fixed(self.width)
         is_idr = unit[0] & 31 == 5
         is_next = number == (self.reference + 1) % 2**self.width
