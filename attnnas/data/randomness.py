@@ -34,14 +34,14 @@ def _inside(thing) -> list:
     methods = [getattr(type(thing), name, None) for name in ("__call__", "forward")]
     return held + [method for method in methods if isinstance(method, types.FunctionType)]
 
-
+# %% ../../nbs/data/03_randomness.ipynb #8eb00747
 def _used_by(function) -> list:
     "Return what a function closes over, and the generators among its global names."
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
     names = [function.__globals__.get(name) for name in function.__code__.co_names]
     return cells + [value for value in names if isinstance(value, _SOURCES)]
 
-
+# %% ../../nbs/data/03_randomness.ipynb #2382c352
 def sources_of(thing) -> list:
     "Return the random generators that a thing holds or uses, each once, in a fixed order."
     found = []
@@ -55,7 +55,7 @@ def sources_of(thing) -> list:
         else: waiting.extend(_inside(thing))
     return found
 
-# %% ../../nbs/data/03_randomness.ipynb #8eb00747
+# %% ../../nbs/data/03_randomness.ipynb #5edf44e2
 def _seed(source, seed: int):
     "Seed a generator in place."
     if isinstance(source, torch.Generator): source.manual_seed(seed)
@@ -65,7 +65,7 @@ def _seed(source, seed: int):
     elif isinstance(source, np.random.RandomState): source.seed(seed % 2**32)
     else: source.seed(seed)
 
-
+# %% ../../nbs/data/03_randomness.ipynb #0f0a0da2
 @contextmanager
 def seeded(seed: int, user=None):
     """Seed all random sources meanwhile.
