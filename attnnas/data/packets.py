@@ -131,7 +131,7 @@ class _H264:
 
     def _follows(self, unit) -> bool | None:
         "Return whether a picture is an IDR picture; None where one before it is missing."
-        bits = _Bits(unit[1:16])
+        bits = _Bits(unit[1:10])
         bits.golomb()
         # A decoder that must guess how far B-frames are reordered may lose some at first.
         is_b = bits.golomb() % 5 == 1
