@@ -7,7 +7,9 @@ __all__ = ['transcode', 'extract_flow']
 
 # %% ../../nbs/data/21_copies.ipynb #72ddec3c
 import dataclasses
+import errno
 from collections import Counter
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from ..core.errors import AttnnasError, choose
 from ..core.files import read_json, write_atomic, write_json
 from .codec import pyav
 from .decode import iterate, probe
-from .flow import BOUND, METHODS, STORES, flows, write_flow
+from .flow import BOUND, METHODS, STORES, NoFlow, flows, write_flow
 from .journal import crew, file_stamp, for_each, journal_of
 from .manifest import Manifest
 from .prepare import check_name, examine, readable_paths
@@ -41,15 +43,42 @@ def _copy_name(path: str) -> str: return path if path.endswith(".mp4") else f"{p
 _X264 = {"crf": "18", "preset": "fast", "g": "32"}
 
 
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+
+
+@contextmanager
+def _encoding(path: Path):
+    "Make Unreadable of an encoder's refusal; what the disk refuses concerns all files."
+    try: yield
+    except pyav().error.FFmpegError as error:
+        if error.errno in _DISK: raise
+        raise Unreadable(path, "failed", error.strerror) from None
+
+
+def _nearest_rate(rate: float) -> Fraction:
+    """Return frames a second as a fraction of small numbers: 29.97 is 30000 / 1001.
+
+    Below one frame a second it is the time between frames that is rounded: an hour stays an hour.
+    """
+    if rate >= 1: return Fraction(rate).limit_denominator(1001)
+    return 1 / Fraction(1 / rate).limit_denominator(1001)
+
+
+def _timescale(rate: Fraction) -> dict:
+    "Return the option that keeps slow videos within the 32 bits that MP4 has for a duration."
+    return {} if rate >= 1 else {"video_track_timescale": str(max(1, min(rate.numerator, 10**6)))}
+
+
 def _transcode(path: str, reading, root: Path, folder: Path, short_side: int) -> dict:
-    "Write a copy of root / path. Returns: its status and a detail."
+    "Write a copy of root / path. Returns: its status and a detail. Raises: Unreadable."
     av = pyav()
 
     def write(temporary):
         info = probe(root / path, full=False)
         high, wide = _shrunk(info.height, info.width, short_side)
-        rate = Fraction(info.rate or 25).limit_denominator(1001)
-        with av.open(temporary, "w", format="mp4") as container:
+        rate = _nearest_rate(info.rate or 25)
+        with _encoding(path), av.open(temporary, "w", format="mp4",
+                                      container_options=_timescale(rate)) as container:
             stream = container.add_stream("libx264", rate=rate, options=_X264)
             stream.height = high
             stream.width = wide
@@ -61,8 +90,7 @@ def _transcode(path: str, reading, root: Path, folder: Path, short_side: int) ->
                 container.mux(stream.encode(small))
             container.mux(stream.encode())
 
-    try: write_atomic(folder / _copy_name(path), write)
-    except Unreadable as error: return {"status": error.reason, "detail": error.detail}
+    write_atomic(folder / _copy_name(path), write)
     return {"status": "ok", "detail": ""}
 
 # %% ../../nbs/data/21_copies.ipynb #4b403a69
@@ -98,7 +126,11 @@ def transcode(manifest: Manifest, folder, out, short_side: int = 256, *,
 # %% ../../nbs/data/21_copies.ipynb #a0e4f2ad
 def _flow(path: str, reading, root: Path, folder: Path, method: str, bound: float, store: str,
           short_side) -> dict:
-    "Write the flow of root / path. Returns: its status, a detail and the number of flows."
+    """Write the flow of root / path.
+
+    Returns: its status, a detail and the number of flows.
+    Raises: Unreadable.
+    """
     import cv2
     cv2.setNumThreads(1)
 
@@ -111,7 +143,7 @@ def _flow(path: str, reading, root: Path, folder: Path, method: str, bound: floa
 
     moving = flows(map(small, iterate(root / path)), method)
     try: count = write_flow(folder / f"{path}.flow.mkv", moving, bound, method, store)
-    except Unreadable as error: return {"status": error.reason, "detail": error.detail}
+    except NoFlow as error: raise Unreadable(path, "no flow", error) from None
     return {"status": "ok", "detail": "", "flows": count}
 
 # %% ../../nbs/data/21_copies.ipynb #2a4919d5
@@ -130,7 +162,7 @@ def extract_flow(manifest: Manifest, folder, method: str = "tvl1", *, bound: flo
     Returns: {"videos": their number, "flows": number of frames, "lost": {reason: videos}}.
     Raises: AttnnasError where the folder holds flow of other settings, or a setting does not fit.
     """
-    choose(method, METHODS, "flow method")
+    choose(method, METHODS, "flow method")()
     choose(store, STORES, "flow store")
     _positive("bound", bound)
     _positive("short_side", short_side)

@@ -24,6 +24,44 @@ from .unreadable import Unreadable, check_file, limited, verify
 from .video import VideoClips
 
 # %% ../../nbs/data/22_images.ipynb #3d1f6115
+def _colours(image, path) -> np.ndarray:
+    "Return an open image as colours, uint8 (H, W, 3). Raises: Unreadable where it has none."
+    from PIL import Image
+    mode = image.mode
+    # Older Pillows give grey PNG of 16 bits as integers of 32.
+    is_16_bits = mode.startswith("I;16") or mode == "I" and image.format in ("PNG", "PPM")
+    if is_16_bits: return np.repeat(_bytes_of_16_bits(image, path)[..., None], 3, axis=2)
+    if mode in ("I", "F"):
+        raise Unreadable(path, "not an image", "its numbers have no range that is known: save it "
+                         "with 8 or 16 bits")
+    has_alpha = mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info
+    if has_alpha:
+        image = image.convert("RGBA")
+        # A drawing on nothing is seen on white, as a browser shows it.
+        white = Image.new("RGBA", image.size, "white")
+        if image.getextrema()[3][0] < 255: image = Image.alpha_composite(white, image)
+    return np.array(image.convert("RGB"))
+
+
+def _bytes_of_16_bits(image, path) -> np.ndarray:
+    """Return greys of 16 bits as bytes, (H, W), the whole range as the whole range.
+
+    Raises: Unreadable where less than half of the greys that a byte could tell apart would be left
+        [choice]: what is photographed with 12 bits would become almost black.
+    """
+    bits = dict(getattr(image, "tag_v2", {})).get(258, (16,))[0]      # of TIFF: bits a sample
+    grey = np.asarray(image).astype(np.int64)
+    if grey.min() < 0 or grey.max() >= 2**bits:
+        raise Unreadable(path, "damaged", "greys out of range")
+    scaled = ((grey * 255 + 2**(bits - 1)) // (2**bits - 1)).astype(np.uint8)
+    before = np.count_nonzero(np.bincount(grey.ravel()))
+    after = np.count_nonzero(np.bincount(scaled.ravel()))
+    if after < min(before, 256) / 2:
+        raise Unreadable(path, "not an image", f"its greys run from {grey.min()} to {grey.max()} "
+                         f"of {2**bits - 1}, of which 8 bits keep {after}: scale them")
+    return scaled
+
+
 def read_image(path, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Read the image at `path`: uint8 (3, H, W).
 
@@ -39,7 +77,8 @@ def read_image(path, max_pixels: int = MAX_PIXELS) -> Tensor:
     with image:
         size = f"{image.width} x {image.height} pixels"
         if image.width * image.height > max_pixels: raise Unreadable(path, "too large", size)
-        try: pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        try: pixels = _colours(ImageOps.exif_transpose(image), path)
+        except Unreadable: raise
         except Exception as error:              # plugins of Pillow raise anything
             raise Unreadable(path, "damaged", error) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -9,12 +9,14 @@ __all__ = ['file_stamp', 'journal_of', 'crew', 'for_each']
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ..core.errors import AttnnasError
 from ..core.hashes import content_hash
+from .unreadable import Unreadable
 from .workers import WorkerDied, in_workers
 
 # %% ../../nbs/data/19_journal.ipynb #86917ee0
@@ -51,12 +53,25 @@ def crew(workers: int | None) -> int:
 def _always(path) -> bool: return True
 
 
+def _attempt(path, reading, function: Callable) -> dict:
+    """Return function(path, reading), or why that file has none.
+
+    Errors that concern all files, such as a full disk, are raised.
+    """
+    try: return function(path, reading)
+    except Unreadable as error: return {"status": error.reason, "detail": error.detail}
+    except AttnnasError: raise
+    except Exception as error:
+        return {"status": "failed", "detail": f"{type(error).__name__}: {error}"[:200]}
+
+
 def for_each(function: Callable, paths: list, stamp: Callable, journal, *, workers: int,
              time_limit: float = 300., progress: bool = True, title: str = "",
              ready: Callable = _always) -> dict:
     """Compute function(path, reading), a dictionary, for the paths that the journal does not know.
 
-    A file on which a worker hangs or dies gets {"status": "time-out" or "crash"}.
+    A file on which a worker hangs or dies gets {"status": "time-out" or "crash"}, and one that
+    cannot be read or worked on {"status": a key of REASONS, "detail"}: no file stops the others.
 
     stamp: path -> what its entry in the journal must have, see `file_stamp`.
     journal: the file.
@@ -79,7 +94,8 @@ def for_each(function: Callable, paths: list, stamp: Callable, journal, *, worke
                disable=not progress, leave=False)
     with open(journal, "a", encoding="utf-8") as log, bar:
         if log.tell(): log.write("\n")          # the line before may be broken off
-        for path, result in _results(function, waiting, workers, time_limit):
+        attempt = partial(_attempt, function=function)
+        for path, result in _results(attempt, waiting, workers, time_limit):
             done[path] = result
             entry = {"path": path, "stamp": stamp(path), "result": result}
             log.write(json.dumps(entry) + "\n")

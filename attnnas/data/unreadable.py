@@ -30,7 +30,8 @@ REASONS = {
     "time-out": "nothing came within the time limit",
     "crash": "the process that read it died",
     "changed": "its content is not what the manifest says",
-    "no flow": "its optical flow is missing, damaged or of another length",
+    "no flow": "its optical flow is missing, damaged, of another length, or cannot be computed",
+    "failed": "what was to be made of it could not be made, though it could be read",
 }
 
 # %% ../../nbs/data/11_unreadable.ipynb #af3ae53b

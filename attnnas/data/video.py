@@ -32,6 +32,7 @@ from .flow import read_flow
 from .folders import read_causes
 from .layout import IMAGES, VIDEOS, open_manifest
 from .manifest import READABLE, Ledger
+from .randomness import seeded
 from .unreadable import Unreadable, limited, verify
 from .workers import WorkerDied, in_workers
 
@@ -192,12 +193,11 @@ class VideoClips(torch.utils.data.Dataset):
     def _clip(self, i: int, epoch: int, asked: int) -> dict:
         "Return the clip of row `i`, with what is drawn for (epoch, asked). Raises: Unreadable."
         config = self.config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed(config.seed, "clip", epoch, asked))
+        with seeded(stream_seed(config.seed, "clip", epoch, asked), self.transform):
             if self.training: places = [torch.rand(()).item()]
             else: places = [(view + .5) / config.views for view in range(config.views)]
             parts, known = self._pictures(i, places, config.time_limit)
-            if self.training: parts = [self.transform(parts[0])]
+            if self.training: parts = [_checked(self.transform(parts[0]), parts[0])]
             else: parts = [crop for part in parts for crop in fixed_crops(part, config)]
         shown = {}
         for name in parts[0]:
@@ -331,6 +331,20 @@ class VideoClips(torch.utils.data.Dataset):
 def _plain(pictures) -> Tensor:
     "Return pictures (T, C, H, W) of torchvision as a plain clip (C, T, H, W)."
     return pictures.as_subclass(Tensor).transpose(0, 1)
+
+
+def _checked(changed: dict, pictures: dict) -> dict:
+    """Return what a transform made of pictures.
+
+    Raises: AttnnasError where a stream is missing, or colours and flow fit no longer.
+    """
+    shapes = {name: tuple(changed[name].shape) for name in pictures if name in changed}
+    sizes = {(shape[0], *shape[2:]) for shape in shapes.values()}
+    if len(shapes) == len(pictures) and len(sizes) == 1: return changed
+    before = {name: tuple(picture.shape) for name, picture in pictures.items()}
+    raise AttnnasError(f"The transform was given (T, C, H, W) = {before} and gave {shapes}. It "
+                       "must give the same streams, with equal T, H and W: what it does to the "
+                       "frames of one it must do to those of the other.")
 
 
 def collate(samples: list) -> dict:
