@@ -7,6 +7,7 @@ __all__ = ['transcode', 'extract_flow']
 
 # %% ../../nbs/data/21_copies.ipynb #72ddec3c
 import dataclasses
+import os
 from collections import Counter
 from fractions import Fraction
 from functools import partial
@@ -18,7 +19,7 @@ from .codec import pyav
 from .decode import iterate, probe
 from .flow import BOUND, METHODS, STORES, flows, write_flow
 from .journal import crew, file_stamp, for_each, journal_of
-from .manifest import Manifest
+from .manifest import READABLE, Manifest
 from .prepare import check_name, examine, readable_paths
 from .unreadable import Unreadable
 
@@ -36,6 +37,26 @@ def _shrunk(high: int, wide: int, short_side: int | None) -> tuple[int, int]:
 
 # %% ../../nbs/data/21_copies.ipynb #6f0a6155
 def _copy_name(path: str) -> str: return path if path.endswith(".mp4") else f"{path}.mp4"
+
+
+def _check_places(manifest: Manifest, folder: Path):
+    """Raises: AttnnasError where a copy would replace a video, or another copy."""
+    paths = readable_paths(manifest)
+    if folder.resolve() == manifest.root.resolve():
+        raise AttnnasError(f"{folder} holds the videos, which copies would replace. Choose another "
+                           "folder.")
+    outside = [path for path in paths if not _stays_inside(path)]
+    if outside:
+        raise AttnnasError(f"{outside[0]} does not lie below the manifest's root. Move the videos "
+                           "into one folder.")
+    twice = [name for name, count in Counter(map(_copy_name, paths)).items() if count > 1]
+    if twice:
+        raise AttnnasError(f"Two videos would have the copy {twice[0]}. Rename one of them.")
+
+
+def _stays_inside(path: str) -> bool:
+    "Whether a path is one below a folder, whatever folder."
+    return not os.path.isabs(path) and ".." not in Path(path).parts
 
 
 _X264 = {"crf": "18", "preset": "fast", "g": "32"}
@@ -76,11 +97,13 @@ def transcode(manifest: Manifest, folder, out, short_side: int = 256, *,
     workers: processes; default: one a core.
     progress: show a progress bar.
     Returns: the examined manifest of the copies.
-    Raises: AttnnasError for a name or a size that does not fit.
+    Raises: AttnnasError for a name or a size that does not fit, and where a copy would replace a
+        video or another copy.
     """
     check_name(out)
     _positive("short_side", short_side)
     folder = Path(folder)
+    _check_places(manifest, folder)
 
     def there(path: str) -> bool: return (folder / _copy_name(path)).exists()
 
@@ -90,7 +113,7 @@ def transcode(manifest: Manifest, folder, out, short_side: int = 256, *,
                     title="copying", time_limit=3600., ready=there)
     rows = []
     for row in manifest.rows:
-        status = made[row.path]["status"] if row.path in made else row.status
+        status = made[row.path]["status"] if row.status in READABLE else row.status
         rows.append(dataclasses.replace(row, path=_copy_name(row.path), status=status))
     copies = dataclasses.replace(manifest, rows=rows, root=folder)
     return examine(copies, out, workers=workers, progress=progress)

@@ -89,7 +89,10 @@ class _Name:
 
 
 class _File(NamedTuple):
-    "A file: its path, its name, the class and the split that its folders name, and whether that is all."
+    """A file and what its folders say.
+
+    label, split: which they name. plain: whether they name nothing, or splits only.
+    """
     path: str
     name: _Name
     label: str | None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_text', 'Line', 'read_lines', 'Cells', 'read_table', 'column_names', 'well_formed', 'class_name', 'path_form',
-           'loose_form']
+           'loose_form', 'alike_form']
 
 # %% ../../nbs/data/02_text.ipynb #f6a7e4e5
 import codecs
@@ -146,3 +146,9 @@ def path_form(path: str) -> tuple:
 def loose_form(name: str) -> str:
     'Return letters and digits of a name alone: "Brush hair" and "brush_hair" are both brushhair.'
     return "".join(filter(str.isalnum, well_formed(name).casefold()))
+
+
+def alike_form(name: str) -> str:
+    "Return a form of a class name that those share which differ in case, accents, spaces, dots."
+    letters = unicodedata.normalize("NFKD", well_formed(name).casefold())
+    return "".join(c for c in letters if not unicodedata.combining(c) and c not in " _.")

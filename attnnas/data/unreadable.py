@@ -30,6 +30,9 @@ REASONS = {
     "crash": "the process that read it died",
     "changed": "its content is not what the manifest says",
     "no flow": "its optical flow is missing, damaged or of another length",
+    "ambiguous": "several files could be the listed video, or it and another one are one file",
+    "two labels": "it is listed under two classes",
+    "untrimmed": "the file is much longer than the clip that is listed",
 }
 
 # %% ../../nbs/data/11_unreadable.ipynb #af3ae53b
