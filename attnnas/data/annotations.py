@@ -68,7 +68,7 @@ class _Rows:
         raise AttnnasError(f"{self.folder} lists no video that can be used. "
                            f"{' '.join(faults) or 'The lists are empty.'}")
 
-
+# %% ../../nbs/data/17_annotations.ipynb #f2feeb66
 def _some(folder, *patterns: str) -> list:
     "Return the files below `folder` whose names fit one of `patterns`. Raises: AttnnasError."
     def fits(path: str) -> bool:
@@ -114,7 +114,7 @@ def _split_of(name: str) -> str | None:
     found = {SPLITS[word] for word in words if word in SPLITS}
     return found.pop() if len(found) == 1 else None
 
-
+# %% ../../nbs/data/17_annotations.ipynb #e22a606b
 def _kinetics_row(cells: list, names: list, path: Path) -> Listed:
     "Return what a row says. Raises: AttnnasError."
     if len(cells) < len(names) or any(map(str.strip, cells[len(names):])):
@@ -147,7 +147,7 @@ def _numbered_classes(folder, file: str, pattern: str, form: str) -> dict:
     if all(numbers == lists[0] for numbers in lists): return lists[0]
     raise AttnnasError(f"{folder} holds several {file} that differ. Give the folder of one.")
 
-
+# %% ../../nbs/data/17_annotations.ipynb #701afd46
 def _numbers(path: Path, pattern: str, form: str) -> dict:
     numbers = {}
     for line in read_lines(path):
@@ -216,7 +216,7 @@ def ucf101(folder) -> Listing:
         for line in read_lines(path): rows.add(name, line.number, _ucf_row, line, split, numbers)
     return rows.listing(list(numbers.values()))
 
-
+# %% ../../nbs/data/17_annotations.ipynb #563073df
 def _ucf_row(line: Line, split: str, numbers: dict) -> Listed:
     "Return what a line says, CLASS/FILE NUMBER or CLASS/FILE. Raises: AttnnasError."
     found = next(filter(None, (form.fullmatch(line.text.strip()) for form in _UCF_LINES)))
@@ -230,7 +230,7 @@ def _ucf_row(line: Line, split: str, numbers: dict) -> Listed:
         raise AttnnasError(f"the file lies in {labels[0]!r}, {found['number']} is {labels[1]!r}.")
     return Listed(found["file"], labels[0], split)
 
-# %% ../../nbs/data/17_annotations.ipynb #563073df
+# %% ../../nbs/data/17_annotations.ipynb #76830f7a
 def hmdb51(folder) -> Listing:
     """Read CLASS_test_split1.txt to CLASS_test_split3.txt.
 
@@ -244,7 +244,7 @@ def hmdb51(folder) -> Listing:
         for line in read_lines(path): rows.add(name, line.number, _hmdb_row, line, label, fold)
     return rows.listing()
 
-
+# %% ../../nbs/data/17_annotations.ipynb #9b80e100
 def _hmdb_row(line: Line, label: str, fold: str) -> Listed | None:
     "Return what a line says, FILE USE, None for use 0. Raises: AttnnasError."
     file, *use = line.text.strip().rsplit(None, 1)

@@ -29,7 +29,7 @@ from .text import path_form
 _BROKEN = (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, ValueError,
            RuntimeError, NotImplementedError, subprocess.CalledProcessError)
 
-
+# %% ../../nbs/data/18_archives.ipynb #60241a08
 def unpack(archive, folder) -> Path:
     """Unpack an archive into `folder`, once, and .rar archives that come out of a .rar too.
 
@@ -63,14 +63,14 @@ def unpack(archive, folder) -> Path:
     write_atomic(mark, "")
     return folder
 
-
+# %% ../../nbs/data/18_archives.ipynb #bb4a7d3f
 def _mark(archive: Path, content: str) -> str:
     "Return the name of the file that says that an archive, of a place and a content, is unpacked."
     place = content_hash(ascii(archive.resolve()))
     name = glob.escape(archive.name) if content == "*" else archive.name
     return f".{name}.{place}.{content}.unpacked"
 
-
+# %% ../../nbs/data/18_archives.ipynb #55a3255b
 def _move(archive: Path, beside: Path, folder: Path) -> list:
     """Move the files below `beside` to the same places below `folder`.
 
@@ -89,7 +89,7 @@ def _move(archive: Path, beside: Path, folder: Path) -> list:
         os.replace(beside / path, folder / path)
     return [folder / path for path in inner]
 
-
+# %% ../../nbs/data/18_archives.ipynb #ce2decfc
 def _same_content(paths: list) -> bool:
     "Whether files have the same content."
     try:
@@ -97,7 +97,7 @@ def _same_content(paths: list) -> bool:
         return len(sizes) == 1 and len(set(map(file_hash, paths))) == 1
     except OSError: return False
 
-
+# %% ../../nbs/data/18_archives.ipynb #3dc57c8a
 def _extract(archive: Path, folder: Path):
     if archive.suffix.lower() == ".rar": _unrar(archive.resolve(), folder.resolve())
     elif zipfile.is_zipfile(archive): zipfile.ZipFile(archive).extractall(folder)
@@ -107,7 +107,7 @@ def _extract(archive: Path, folder: Path):
         raise AttnnasError(f"{archive} is no archive for this command: expected .tar, .tar.gz, "
                            ".zip or .rar.")
 
-
+# %% ../../nbs/data/18_archives.ipynb #b0491757
 def _unrar(archive: Path, folder: Path):
     commands = {"bsdtar": ["-xf", archive, "-C", folder],
                 "unrar": ["x", "-o+", "-idq", archive, f"{folder}/"],
@@ -163,12 +163,12 @@ def left_over(listed: Iterable[Listed], rows: list, folder, endings: tuple = VID
         left_out.append(entry)
     return left_out
 
-
+# %% ../../nbs/data/18_archives.ipynb #fdf3be9a
 def _stem(path: str, endings: tuple) -> str:
     name = path_form(path)[-1]
     return os.path.splitext(name)[0] if has_ending(name, endings) else name
 
-
+# %% ../../nbs/data/18_archives.ipynb #b62bb165
 def _by_stem(listed: Iterable[Listed], endings: tuple) -> dict:
     "Return {name without folder and ending: keys of listed videos}."
     found = defaultdict(list)

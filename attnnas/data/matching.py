@@ -33,7 +33,7 @@ class Listed:
     seconds: float = field(default=0., compare=False)
     fault: str = ""
 
-
+# %% ../../nbs/data/03_matching.ipynb #0628ef88
 class Match(NamedTuple):
     'path: of the file that a listed video is, or "". reason: why there is none, a status of a row.'
     path: str = ""
@@ -87,7 +87,7 @@ class _Name:
     @property
     def identity(self) -> tuple: return self.folders, self.stem, self.ending
 
-
+# %% ../../nbs/data/03_matching.ipynb #eb12d9e6
 class _File(NamedTuple):
     """A file and what its folders say.
 
@@ -99,7 +99,7 @@ class _File(NamedTuple):
     split: str | None
     plain: bool
 
-
+# %% ../../nbs/data/03_matching.ipynb #b0b8b800
 def _file(path: str, endings: tuple, classes: ClassFolders) -> _File:
     name = _Name.of(path, endings)
     labels = [classes.of(folder) for folder in name.folders]
@@ -125,13 +125,13 @@ def _may_be(file: _File, wanted: _Wanted) -> bool:
     if not wanted.name.folders: return True
     return file.label == row.label or file.plain or _ends_with(file.name, wanted.name)
 
-
+# %% ../../nbs/data/03_matching.ipynb #d878ccd6
 def _ends_with(name: _Name, end: _Name) -> bool:
     "Whether the folders of `name` end in those of `end`."
     count = len(end.folders)
     return count > 0 and name.folders[-count:] == end.folders
 
-
+# %% ../../nbs/data/03_matching.ipynb #7050d3df
 def _rank(file: _File, wanted: _Wanted) -> tuple:
     "Return what speaks for a file, the weightiest first."
     name = wanted.name
@@ -143,7 +143,7 @@ def _rank(file: _File, wanted: _Wanted) -> tuple:
 # %% ../../nbs/data/03_matching.ipynb #4e4e698f
 def _all_different(paths: list) -> bool: return False
 
-
+# %% ../../nbs/data/03_matching.ipynb #01feffc1
 def match(listed: list, files: Iterable[str], endings: tuple,
           same: Callable = _all_different) -> list:
     """Find the file of each listed video.
@@ -179,7 +179,7 @@ def match(listed: list, files: Iterable[str], endings: tuple,
 
     return _each_file_once(wanted, [find(one) for one in wanted], endings)
 
-# %% ../../nbs/data/03_matching.ipynb #01feffc1
+# %% ../../nbs/data/03_matching.ipynb #56e0cb57
 def _best(files: list, wanted: _Wanted, same: Callable) -> Match:
     "Return the file for which most speaks."
     if not files: return Match(reason="missing")
@@ -188,14 +188,14 @@ def _best(files: list, wanted: _Wanted, same: Callable) -> Match:
     if len(best) == 1 or same(best): return Match(min(best))
     return Match(reason="ambiguous")
 
-
+# %% ../../nbs/data/03_matching.ipynb #25c8fc4f
 def _has_rival(path: str, files: list, wanted: _Wanted, sharing: list) -> bool:
     "Whether the file at `path` may be another listed video that shares the name too."
     file = next(file for file in files if file.path == path)
     return any(other.name.identity != wanted.name.identity and _may_be(file, other)
                for other in sharing)
 
-
+# %% ../../nbs/data/03_matching.ipynb #08308a7a
 def _each_file_once(wanted: list, matches: list, endings: tuple) -> list:
     "Return the matches without files that were found for several listed videos."
     claims = defaultdict(dict)
@@ -213,7 +213,7 @@ def _each_file_once(wanted: list, matches: list, endings: tuple) -> list:
 
     return [kept(one, found) for one, found in zip(wanted, matches)]
 
-
+# %% ../../nbs/data/03_matching.ipynb #3cd1a3f2
 def _is_named(path: str, wanted: _Wanted, endings: tuple) -> bool:
     "Whether a file has the whole name of a listed video, its ending and its folders too."
     name = _Name.of(path, endings)
