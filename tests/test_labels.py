@@ -113,6 +113,7 @@ def test_a_whole_video_stands_for_no_clip_that_it_may_not_be(files, expected):
 def test_a_video_under_two_classes_is_of_neither():
     twice = [Listed("k", "a", "train"), Listed("k", "b", "validation"), Listed("l", "a", "train"), Listed("l", "a", "test")]
     assert found(twice, ["k.mp4", "l.mp4"]) == ["two labels", "two labels", "l.mp4", "l.mp4"]
+    assert found(twice, []) == ["missing"] * 4
 
 
 def test_copies_of_one_file_are_one(tmp_path):
@@ -343,6 +344,11 @@ def test_a_whole_video_is_no_clip_of_it(tmp_path, quick):
     write(tmp_path, train__csv=HEAD + "a,long,1,11,train\nb,short,1,11,train\n")
     lay(tmp_path, "long.mp4", "short.mp4")
     assert {row.path: row.status for row in make(tmp_path).rows} == {"long.mp4": "untrimmed", "short.mp4": "ok"}
+
+
+def test_a_folder_can_be_prepared_again_when_its_copies_lie_in_it(tmp_path, quick):
+    lay(tmp_path, "a/1.mp4", "b/2.mp4", "small/a/1.mp4", "small/.copies.journal")
+    assert [row.path for row in make(tmp_path, "folder").rows] == [row.path for row in make(tmp_path, "folder").rows] == ["a/1.mp4", "b/2.mp4"]
 
 
 def test_videos_in_two_splits_are_counted(tmp_path, quick):

@@ -45,18 +45,18 @@ def _check_places(manifest: Manifest, folder: Path):
     if folder.resolve() == manifest.root.resolve():
         raise AttnnasError(f"{folder} holds the videos, which copies would replace. Choose another "
                            "folder.")
-    outside = [path for path in paths if not _stays_inside(path)]
-    if outside:
-        raise AttnnasError(f"{outside[0]} does not lie below the manifest's root. Move the videos "
-                           "into one folder.")
+    _check_inside(paths)
     twice = [name for name, count in Counter(map(_copy_name, paths)).items() if count > 1]
     if twice:
         raise AttnnasError(f"Two videos would have the copy {twice[0]}. Rename one of them.")
 
 
-def _stays_inside(path: str) -> bool:
-    "Whether a path is one below a folder, whatever folder."
-    return not os.path.isabs(path) and ".." not in Path(path).parts
+def _check_inside(paths: list):
+    """Raises: AttnnasError where something that is named as one of `paths` would lie outside."""
+    for path in paths:
+        if os.path.isabs(path) or ".." in Path(path).parts:
+            raise AttnnasError(f"{path} does not lie below the manifest's root. Move the videos "
+                               "into one folder.")
 
 
 _X264 = {"crf": "18", "preset": "fast", "g": "32"}
@@ -160,6 +160,8 @@ def extract_flow(manifest: Manifest, folder, method: str = "tvl1", *, bound: flo
     folder = Path(folder)
     settings = {"method": method, "bound": bound, "store": store, "short_side": short_side}
     beside = folder / "flow.json"
+    paths = readable_paths(manifest)
+    _check_inside(paths)
     there = read_json(beside) if beside.exists() else settings
     if there != settings:
         raise AttnnasError(f"{folder} holds flow of other settings ({there}). Choose another "
@@ -168,7 +170,6 @@ def extract_flow(manifest: Manifest, folder, method: str = "tvl1", *, bound: flo
 
     def made_before(path: str) -> bool: return (folder / f"{path}.flow.mkv").exists()
 
-    paths = readable_paths(manifest)
     estimate = partial(_flow, root=manifest.root, folder=folder, **settings)
     made = for_each(estimate, paths, file_stamp(manifest.root, settings),
                     journal_of(folder / "flow"), workers=crew(workers), progress=progress,

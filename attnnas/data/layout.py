@@ -155,7 +155,8 @@ def _folders(folder: Path) -> list:
     home = os.path.realpath(folder)
 
     def counts(path: Path) -> bool:
-        if _hidden(path.name) or not path.is_dir(): return False
+        ours = any((path / name).exists() for name in _OURS)
+        if _hidden(path.name) or not path.is_dir() or ours: return False
         return not path.is_symlink() or not is_inside(home, os.path.realpath(path))
 
     return sorted(filter(counts, folder.iterdir()))

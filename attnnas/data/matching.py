@@ -168,7 +168,6 @@ def match(listed: list, files: Iterable[str], endings: tuple,
         if one.also: by_also[one.also].append(one)
 
     def find(one: _Wanted) -> Match:
-        if len(labels[one.name.identity]) > 1: return Match(reason="two labels")
         files = [file for file in by_stem.get(one.name.stem, ()) if _may_be(file, one)]
         if files or not one.also: return _best(files, one, same)
         files = [file for file in by_stem.get(one.also, ()) if _may_be(file, one)]
@@ -177,7 +176,12 @@ def match(listed: list, files: Iterable[str], endings: tuple,
             return Match(reason="ambiguous")
         return best
 
-    return _each_file_once(wanted, [find(one) for one in wanted], endings)
+    def of_one_class(one: _Wanted, found: Match) -> Match:
+        sure = not found.path or len(labels[one.name.identity]) == 1
+        return found if sure else Match(reason="two labels")
+
+    matches = _each_file_once(wanted, [find(one) for one in wanted], endings)
+    return [of_one_class(one, found) for one, found in zip(wanted, matches)]
 
 # %% ../../nbs/data/03_matching.ipynb #56e0cb57
 def _best(files: list, wanted: _Wanted, same: Callable) -> Match:

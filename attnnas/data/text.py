@@ -143,9 +143,12 @@ def path_form(path: str) -> tuple:
     return tuple(part for part in parts if part not in ("", "."))
 
 
+_LOOSE = str.maketrans("", "", " _'\"/\\:*?<>|,()")        # what folders are often named without
+
+
 def loose_form(name: str) -> str:
-    'Return letters and digits of a name alone: "Brush hair" and "brush_hair" are both brushhair.'
-    return "".join(filter(str.isalnum, well_formed(name).casefold()))
+    'Return a name without spaces and quotes: the folder "brush_hair" may be that of "brush hair".'
+    return "".join(class_name(name).translate(_LOOSE).split())
 
 
 def alike_form(name: str) -> str:
