@@ -9,6 +9,7 @@ __all__ = ['read_text', 'Line', 'read_lines', 'Cells', 'read_table', 'column_nam
 # %% ../../nbs/data/02_text.ipynb #f6a7e4e5
 import codecs
 import csv
+import io
 import re
 import unicodedata
 from pathlib import Path
@@ -77,6 +78,35 @@ def _row(lines: list, first: int, delimiter: str, width: int | None) -> tuple[li
     return [line], 1
 
 
+def _whole(text: str, delimiter: str) -> list | None:
+    "Return the rows of a table whose quotation marks are all right, as `Cells`, or None."
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows = []
+    before = 0
+    try:
+        for cells in reader:
+            count = reader.line_num - before
+            fits = count == 1 or (rows and len(cells) == len(rows[0].cells) and count <= _LONGEST)
+            if not fits: return None
+            if any(map(str.strip, cells)): rows.append(Cells(before + 1, cells))
+            before = reader.line_num
+    except csv.Error: return None
+    return rows
+
+
+def _line_by_line(text: str, delimiter: str) -> list:
+    "Return the rows of a table, those with a wrong quotation mark as one cell."
+    lines = re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+$", text)
+    rows = []
+    at = 0
+    while at < len(lines):
+        width = len(rows[0].cells) if rows else None
+        cells, count = _row(lines, at, delimiter, width)
+        if any(map(str.strip, cells)): rows.append(Cells(at + 1, cells))
+        at += count
+    return rows
+
+# %% ../../nbs/data/02_text.ipynb #54c445dd
 def read_table(path, columns=()) -> list:
     """Read a table of cells that are separated by commas, semicolons or tabs.
 
@@ -86,18 +116,11 @@ def read_table(path, columns=()) -> list:
     Returns: a `Cells` for each row that holds something.
     Raises: AttnnasError where it cannot be opened.
     """
-    lines = re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+$", read_text(path))
-    delimiter = _delimiter(next((line for line in lines if line.strip()), ""), columns)
-    rows = []
-    width = None
-    at = 0
-    while at < len(lines):
-        cells, count = _row(lines, at, delimiter, width)
-        if any(map(str.strip, cells)):
-            rows.append(Cells(at + 1, cells))
-            width = width or len(cells)
-        at += count
-    return rows
+    text = read_text(path)
+    first = re.search(r"[^\r\n]*\S[^\r\n]*", text)
+    delimiter = _delimiter(first[0] if first else "", columns)
+    rows = _whole(text, delimiter)
+    return _line_by_line(text, delimiter) if rows is None else rows
 
 
 def _delimiter(header: str, columns) -> str:
