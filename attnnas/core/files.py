@@ -50,7 +50,8 @@ def write_json(path, value):
     Raises: ValueError for NaN and infinity; AttnnasError as `write_atomic`.
     """
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
-    write_atomic(path, text + "\n")
+    # A name that is not UTF-8 has surrogates, which JSON writes as backslashes do.
+    write_atomic(path, (text + "\n").encode("utf-8", "backslashreplace"))
 
 
 def _unique(pairs) -> dict:
@@ -67,7 +68,7 @@ def read_json(path) -> dict:
     Returns: its value.
     Raises: AttnnasError where the file is missing, is not JSON, or has a key twice.
     """
-    try: return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    try: return json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
     except OSError as error:
         raise AttnnasError(f"Could not read {path}: {error.strerror or error}.") from None
     except (ValueError, RecursionError) as error:
