@@ -1,4 +1,5 @@
 """Runs a notebook in a process of its own, forked from one that has imported what takes long."""
+import json
 import multiprocessing
 import os
 import sys
@@ -8,36 +9,45 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 600  # that a notebook may take
 
-# Importing these takes 5 of the 7 CPU-seconds of a short notebook.
+# Importing these takes 6 of the 7 CPU-seconds of a short notebook.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "torch._dynamo", "matplotlib.pyplot", "pandas", "nbdev.test"])
 
 
 class Done(NamedTuple):
-    "How a notebook ended: the exit code, and what it wrote."
+    """How a notebook ended: the exit code, what went to the terminal, and {cell id: outputs} of the cells that ran."""
     returncode: int
     output: str
+    made: dict
 
 
-def _run(path: Path, scratch: Path, output: Path):
+def _run(path: Path, scratch: Path):
     "Be the process of one notebook: what it leaves behind in torch or sys.modules ends with it."
-    os.chdir(ROOT)
-    os.environ |= {"IPYTHONDIR": str(scratch), "OMP_NUM_THREADS": "1"}
-    with open(output, "w") as file:
+    os.environ |= {"IPYTHONDIR": str(scratch), "OMP_NUM_THREADS": "1", "IN_TEST": "1"}
+    with open(scratch / "output.txt", "w") as file:
         for stream in (1, 2): os.dup2(file.fileno(), stream)
-    from nbdev.config import get_config
-    from nbdev.test import test_nb
-    passed, _ = test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=ROOT)
-    sys.exit(not passed)
+    sys.path.insert(0, str(ROOT))
+    os.chdir(path.parent)
+    from execnb.nbio import read_nb
+    from execnb.shell import CaptureShell
+    shell = CaptureShell(path)
+    made = {}
+    for cell in read_nb(path).cells:
+        if cell.cell_type != "code": continue
+        shell._cell_idx = cell.idx_ + 1
+        made[cell.id] = shell.run(cell.source)
+        if shell.exc: sys.exit(shell.prettytb(path))
+    (scratch / "made.json").write_text(json.dumps(made))
 
 
 def run_notebook(path: Path, scratch: Path) -> Done:
-    "Run the cells of the notebook at `path` from top to bottom, as `nbdev_test` does."
-    output = scratch / "output.txt"
-    process = FORKS.Process(target=_run, args=(path, scratch, output))
+    "Run the cells of the notebook at `path` from top to bottom."
+    process = FORKS.Process(target=_run, args=(path, scratch))
     process.start()
     process.join(SECONDS)
     if process.is_alive():
         process.kill()
         process.join()
-    return Done(process.exitcode, output.read_text(errors="replace"))
+    output = (scratch / "output.txt").read_text(errors="replace")
+    made = json.loads((scratch / "made.json").read_text()) if process.exitcode == 0 else {}
+    return Done(process.exitcode, output, made)

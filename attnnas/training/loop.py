@@ -65,7 +65,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
     """
     return torch.randperm(count, generator=generator(seed, "order", epoch))
 
-
+# %% ../../nbs/training/04_loop.ipynb #86196d7a
 def rate(step: int, steps: int, warmup: float) -> float:
     """Give the factor on the learning rate of a step: linear warm-up, then a cosine to zero.
 
@@ -83,7 +83,7 @@ def rate(step: int, steps: int, warmup: float) -> float:
 class Interrupted(Exception):
     "Tell that training was stopped between two steps; its checkpoint is on disk."
 
-
+# %% ../../nbs/training/04_loop.ipynb #5235aa57
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -164,7 +164,7 @@ class Scored(NamedTuple):
     scores: torch.Tensor
     loss: torch.Tensor
 
-
+# %% ../../nbs/training/04_loop.ipynb #888c0a53
 def classify(model: nn.Module, video: torch.Tensor, labels: torch.Tensor) -> Scored:
     """Compute the cross-entropy of a classifier.
 
@@ -203,14 +203,14 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, parts, count:
     optimizer.step()
     return processes.sum(sums)
 
-
+# %% ../../nbs/training/04_loop.ipynb #5b263e18
 def _sums_of(scores: torch.Tensor, mean: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     "Sum loss, hits and clips of a micro-batch: float64 (3,)."
     hits = (scores.argmax(1) == labels).sum()
     clips = torch.full_like(hits, len(labels))
     return _exact(torch.stack([mean * len(labels), hits, clips]))
 
-
+# %% ../../nbs/training/04_loop.ipynb #65eec6d0
 def _exact(tensor: torch.Tensor) -> torch.Tensor:
     "Return a tensor in float64, on the CPU where its device (mps) has no such numbers."
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
@@ -222,11 +222,11 @@ POSITION = ("step", "history", "diverged", "start_loss", "seconds")
 class AnotherTraining(AttnnasError):
     "Tell that a checkpoint was made for a training with other settings."
 
-
+# %% ../../nbs/training/04_loop.ipynb #9a7313bc
 def _shapes(tensors: dict) -> dict:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
-
+# %% ../../nbs/training/04_loop.ipynb #d018ea1d
 def _needs_two(model: nn.Module, clips) -> bool:
     "Tell whether the network refuses to be trained with one clip, as batch normalisation does."
     shape = clips.batch(torch.zeros(1, dtype=torch.int64)).shape
@@ -237,7 +237,7 @@ def _needs_two(model: nn.Module, clips) -> bool:
         except AttnnasError as error: return "more than 1 value per channel" in str(error)
     return False
 
-
+# %% ../../nbs/training/04_loop.ipynb #24046834
 class Trainer:
     """Train a network, and know how far the training is.
 
