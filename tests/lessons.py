@@ -28,14 +28,18 @@ def _run(path: Path, scratch: Path):
         for stream in (1, 2): os.dup2(file.fileno(), stream)
     sys.path.insert(0, str(ROOT))
     os.chdir(path.parent)
+    import pandas
     from execnb.nbio import read_nb
     from execnb.shell import CaptureShell
+    pandas.options.display.max_columns = 20  # as in Jupyter; this is a terminal
     shell = CaptureShell(path)
     made = {}
     for cell in read_nb(path).cells:
         if cell.cell_type != "code": continue
         shell._cell_idx = cell.idx_ + 1
-        made[cell.id] = shell.run(cell.source)
+        outputs = shell.run(cell.source + "\n#")  # a semicolon at the end would drop what was printed
+        quiet = cell.source.rstrip().endswith(";")
+        made[cell.id] = [output for output in outputs if not (quiet and output["output_type"] == "execute_result")]
         if shell.exc: sys.exit(shell.prettytb(path))
     (scratch / "made.json").write_text(json.dumps(made))
 

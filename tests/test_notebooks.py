@@ -11,16 +11,22 @@ from lessons import ROOT, run_notebook
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb")
                    if not {"paper", ".ipynb_checkpoints"} & set(path.parts))
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
-PATH = re.compile(r"(/[\w.+-]+){2,}")
-VARIES = "varies"  # the tag of a cell whose output is a time, or a fact about the machine
+ASIDE = {"PATH": re.compile(r"(/[\w.+-]+){2,}"), "FOLDER": re.compile(r"\btmp\w{8}\b"),
+         "TIME": re.compile(r"[\d.]+(?= (s|ms|microseconds|CPU-seconds)\b)")}
+VARIES = "varies"  # the tag of a cell whose output is a fact about the machine, or a table of times
 TOLERANCE = 1e-3   # relative, of numbers: processors round in their own ways
 
 
 def shown(outputs: list) -> list:
-    "The texts of a cell's outputs, paths aside: what it printed, and then what it showed."
+    "The texts of a cell's outputs, paths and times aside: what it printed, and then what it showed."
     printed = "".join("".join(output["text"]) for output in outputs if output.get("name") == "stdout")
     displayed = ["".join(output["data"].get("text/plain", "")) for output in outputs if "data" in output]
-    return [PATH.sub("PATH", text) for text in (printed, *displayed)]
+    return [_aside(text) for text in (printed, *displayed)]
+
+
+def _aside(text: str) -> str:
+    for name, pattern in ASIDE.items(): text = pattern.sub(name, text)
+    return text
 
 
 def alike(ours: str, theirs: str) -> bool:
