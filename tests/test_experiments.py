@@ -2,6 +2,7 @@
 import dataclasses
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from attnnas.core.errors import AttnnasError
@@ -131,3 +132,15 @@ def test_a_finished_record_without_a_number_is_refused():
     bad = dataclasses.replace(row.records[0], test=row.records[0].test | {"top1": float("nan")})
     with pytest.raises(AttnnasError, match=f"Record {bad.key} of row 'backbone' on A is finished with accuracy nan"):
         check_comparable([dataclasses.replace(row, records=(bad, *row.records[1:]))])
+
+
+def test_the_readme_says_no_more_than_its_tables():
+    "If this fails, the README's sentences on results and the committed tables tell different stories."
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert "all lift the backbone by 23 to 24 points" in text and "better than no cell in every place" in text
+    full = pd.read_csv(ROOT / "results/full/table_1_nonlocal.csv").set_index("model")["top1"]
+    lifts = (full.drop("backbone") - full["backbone"]).round()
+    assert len(lifts) == 4 and set(lifts) == {23, 24}
+    claims = (ROOT / "results/quick/claims.md").read_text(encoding="utf-8").splitlines()
+    elsewhere = [line for line in claims if " helps" in line]
+    assert len(elsewhere) == 3 and all(line.endswith("| held      |") for line in elsewhere)
