@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,7 @@ class Done(NamedTuple):
 
 def _run(path: Path, scratch: Path):
     "Be the process of one notebook: what it leaves behind in torch or sys.modules ends with it."
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what runs in the background
     os.environ |= {"IPYTHONDIR": str(scratch), "OMP_NUM_THREADS": "1", "IN_TEST": "1"}
     with open(scratch / "output.txt", "w") as file:
         for stream in (1, 2): os.dup2(file.fileno(), stream)
