@@ -7,7 +7,6 @@ are medians, and so is their ratio, taken round by round. Wall time moves with w
     python benchmarks/decoding.py [--videos 24] [--rounds 5]  ->  results/bench/decoding.csv
 """
 import argparse
-import csv
 import resource
 import statistics
 import tempfile
@@ -15,6 +14,7 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch.utils.data import DataLoader
 
@@ -113,10 +113,7 @@ def main():
                                  "kib_a_video": f"{kib:.0f}", "device": device_name(torch.device("cpu"))})
                     print(rows[-1], flush=True)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with open(RESULTS, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    pd.DataFrame(rows, dtype=object).to_csv(RESULTS, index=False, lineterminator="\n")
 
 
 if __name__ == "__main__": main()

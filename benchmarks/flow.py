@@ -10,7 +10,6 @@ moves by a known step, in the mean and in the median over the picture without it
     python benchmarks/flow.py [--clips 3]  ->  results/bench/flow.csv, flow_methods.csv
 """
 import argparse
-import csv
 import statistics
 import tempfile
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 import torch
 
 from attnnas.core.devices import device_name
@@ -112,10 +112,7 @@ def methods(count: int):
 
 def save(name: str, rows: list):
     RESULTS.mkdir(parents=True, exist_ok=True)
-    with open(RESULTS / name, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    pd.DataFrame(rows, dtype=object).to_csv(RESULTS / name, index=False, lineterminator="\n")
 
 
 def main():

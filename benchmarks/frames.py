@@ -10,7 +10,6 @@ A file is "entered" where decoding may begin in its middle, and "counted" where 
 its beginning. "refused" files are lost with a reason, as they are damaged for any decoder.
 """
 import argparse
-import csv
 import os
 import random
 import struct
@@ -21,6 +20,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from attnnas.core.errors import AttnnasError
 from attnnas.data import decode
@@ -415,10 +415,7 @@ def main():
             for name, group in [*sorted(found.items()), ("all", total)]]
     for row in rows: print(row)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with open(RESULTS, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    pd.DataFrame(rows, dtype=object).to_csv(RESULTS, index=False, lineterminator="\n")
 
 
 if __name__ == "__main__": main()

@@ -8,11 +8,11 @@ results/bench/paper_step.csv.
     python benchmarks/paper_step.py --frames 4 --size 64 --most 1 --device cpu --output small.csv
 """
 import argparse
-import csv
 import statistics
 import time
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from attnnas.networks.registry import create_model
@@ -84,10 +84,8 @@ def main():
             if not row: continue
             rows.append(row)
             print(*row.values(), flush=True)
-            with open(options.output, "w", newline="") as file:     # what was measured stays, were the rest cut off
-                writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+            table = pd.DataFrame(rows, dtype=object)
+            table.to_csv(options.output, index=False, lineterminator="\n")     # what was measured stays, were the rest cut off
 
 
 if __name__ == "__main__": main()

@@ -12,7 +12,7 @@ SECONDS = 600  # that a notebook may take
 
 # Importing these takes 6 of the 7 CPU-seconds of a short notebook.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "torch._dynamo", "matplotlib.pyplot", "pandas", "nbdev.test"])
+FORKS.set_forkserver_preload(["torch", "torch._dynamo", "matplotlib.pyplot", "pandas", "execnb.shell"])
 
 
 class Done(NamedTuple):
