@@ -121,7 +121,8 @@ def cost_line(rows, searches) -> dict:
     "Return what the searches cost, in trainings of their backbone."
     claim = {"claim": "a search costs as much as one training", "published": "1 training"}
     plain = bases(rows)
-    costs = [in_trainings(record, plain[place_of(record)]) for record in searches]
+    costs = [in_trainings(record, plain[place_of(record)]) for record in searches
+             if place_of(record) in plain]
     costs = [cost for cost in costs if cost]
     if not costs: return claim | {MEASURED: "no records", "verdict": "not run"}
     mean = np.mean([cost.multiply_adds for cost in costs])

@@ -130,11 +130,11 @@ def family_note(findings) -> str:
     """
     count = sum(finding.low is not None for finding in findings)
     if not count: return "No verdict was made: it takes two seeds."
+    if count == 1: return "1 verdict: it takes a 95 % interval without zero."
     first = 100 * (1 - LEVEL / count)
-    asked = (f"the clearest is asked for an interval of {first:.4g} % without zero, the last for "
-             "one of 95 %" if count > 1 else "it is asked for an interval of 95 % without zero")
-    return (f"{counted(count, 'verdict')}, corrected for their number (Holm; "
-            f"at most {100 * LEVEL:.0f} % that any is wrong): {asked}.")
+    return (f"{count} verdicts, corrected for their number (Holm; at most {100 * LEVEL:.0f} % that "
+            f"any is wrong): the clearest takes a {first:.4g} % interval without zero, the last "
+            "one of 95 %.")
 
 # %% ../../../nbs/evidence/tables/01_statistics.ipynb #64a8b2bf
 class Share(NamedTuple):
