@@ -11,15 +11,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from ...core.errors import choose
 from ..config import RunConfig, Tier
 from ..store import Store
 from .published import FROM, Published, published
 from .rows import (bases, collect, differences, flat,
                                           summarise)
-from .statistics import counted, interval, verdict
+from .statistics import Finding, counted, family_note, verdicts
 from .text import ceiling_note, limits_of, table_text, write_table
 from ...figures.curves import dots
 
@@ -238,20 +236,26 @@ class Table:
 
 # %% ../../../nbs/evidence/tables/05_table.ipynb #0b695b33
 def sentences(rows, pairs) -> list:
-    "Say of each pair, in every place that has both rows, whether it came out so."
+    """Say of each pair, in every place that has both rows, whether it came out so; then how many
+    verdicts that were.
+    """
     by_name = {(row.data, row.backbone, row.model): row for row in rows}
-    found = []
+    compared = {}
     for place in bases(rows):
         for better, worse in names_of(pairs, rows):
             ours = by_name.get((*place, better))
             theirs = by_name.get((*place, worse))
             delta = differences(ours, theirs) if ours and theirs else []
-            if not delta: continue
-            low, high = interval(delta)
-            spread = f", 95 % interval {low:+.1f} to {high:+.1f}" if low is not None else ""
-            found.append(f"{', '.join(place)}: {better} above {worse}: **{verdict(delta)}** "
-                         f"({np.mean(delta):+.1f} points{spread}, {counted(len(delta), 'seed')}).")
-    return found
+            if delta: compared[f"{', '.join(place)}: {better} above {worse}"] = delta
+    findings = verdicts(compared.values())
+    said = [_sentence(what, finding) for what, finding in zip(compared, findings)]
+    return [*said, family_note(findings)] if said else []
+
+
+def _sentence(what: str, finding: Finding) -> str:
+    spread = f", 95 % interval {finding.spread}" if finding.spread else ""
+    return (f"{what}: **{finding.verdict}** ({finding.mean:+.1f} points{spread}, "
+            f"{counted(finding.count, 'seed')}).")
 
 # %% ../../../nbs/evidence/tables/05_table.ipynb #79c1a2c7
 def names_of(pairs, rows) -> list:
