@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..core.errors import AttnnasError, choose
 from .clips import Clips
-from .planted import (BLANK, BLOCK, CLASSES, COLOURS, DARK, DECOY, FACE, FACES, FRAMES,
-                                  LATER, NOW, SIDE, TARGET, TASKS, draw_clips, orders)
+from .planted import (BLANK, BLOCK, CLASSES, DARK, DECOY, FRAMES, LATER, NOW, SIDE,
+                                  TARGET, TASKS, draw_clips, orders)
 
 # %% ../../nbs/data/04_composed.ipynb #57adf195
 PLACES = SIDE ** 2
@@ -66,37 +66,22 @@ def _moment_relation(draw: torch.Generator) -> tuple[Tensor, Tensor]:
     return exchanged.gather(2, where).unflatten(2, (SIDE, SIDE)), label
 
 # %% ../../nbs/data/04_composed.ipynb #ff967526
-def _latin(draw: torch.Generator, corner: Tensor) -> Tensor:
-    """Draw Latin squares of order 4 whose first cell is `corner` (BLOCK,).
-
-    Returns: (BLOCK, 4, 4): what rows and columns hold, 0 to 3.
-    """
-    line = torch.arange(FACES)
-    cyclic = (line[:, None] + line) % FACES
-    crossed = line[:, None] ^ line
-    kind = torch.randint(2, (BLOCK, 1, 1), generator=draw)
-    square = torch.where(kind == 1, cyclic, crossed)
-    others = (corner[:, None] + 1 + orders(draw, FACES - 1)) % FACES
-    names = torch.cat((corner[:, None], others), 1)
-    square = names.gather(1, square.flatten(1)).unflatten(1, (FACES, FACES))
-    rows = torch.cat((torch.zeros(BLOCK, 1, dtype=torch.long), 1 + orders(draw, 3)), 1)
-    columns = torch.cat((torch.zeros(BLOCK, 1, dtype=torch.long), 1 + orders(draw, 3)), 1)
-    square = square.gather(1, rows[:, :, None].expand_as(square))
-    return square.gather(2, columns[:, None].expand_as(square))
-
-
-def _place_moment(draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    label = torch.randperm(BLOCK, generator=draw) % FACES
-    faces = FACE + _latin(draw, label).repeat_interleave(3, 1).repeat_interleave(3, 2)
-    chosen = torch.arange(12) < 3
-    marks = torch.where(chosen, NOW, LATER).expand(BLOCK, 4, 12)
-    table = torch.cat((faces, marks), 1)
-    moments = orders(draw, 12)[:, None].expand_as(table)
-    badges = torch.cat((torch.where(chosen, TARGET, DECOY), torch.full((4,), BLANK)))
-    badges = badges[:, None].expand(BLOCK, -1, 4)
-    clip = torch.cat((badges, table.gather(2, moments)), 2)
-    places = orders(draw, PLACES)[..., None].expand_as(clip)
-    return clip.gather(1, places).mT.unflatten(2, (SIDE, SIDE)), label
+def _cue_relation(draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    label = torch.randperm(BLOCK, generator=draw) % 2
+    cue = torch.rand((BLOCK, 1), generator=draw) < .5
+    rank = torch.cat((orders(draw, 6), orders(draw, 6)), 1)
+    ring = torch.arange(12) < 6
+    first = rank < 3
+    may_change = rank % 3 < 2
+    target = ring == cue
+    second = first ^ (may_change & (target ^ (label[:, None] == 1)))
+    pictures = DARK + torch.stack((first, ~first, second, ~second), 1).long()
+    pictures = torch.cat((pictures, torch.full((BLOCK, 4, 4), BLANK)), 2)
+    cues = torch.where(cue, NOW, LATER).expand(BLOCK, 4)
+    badges = torch.cat((torch.where(ring, TARGET, DECOY).expand(BLOCK, 12), cues), 1)
+    clip = torch.cat((badges[:, None].expand(-1, 4, -1), _flashes(draw, pictures, FRAMES - 4)), 1)
+    places = orders(draw, PLACES)[:, None].expand_as(clip)
+    return clip.gather(2, places).unflatten(2, (SIDE, SIDE)), label
 
 # %% ../../nbs/data/04_composed.ipynb #d6b93671
 def _place_moment_relation(draw: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -133,7 +118,7 @@ _RELATION = ["changed", "comes back"]
 RUNGS = {name: Rung(TASKS[name], 1, CLASSES[name]) for name in TASKS} | {
     "place-relation": Rung(_place_relation, 2, _RELATION),
     "moment-relation": Rung(_moment_relation, 2, _RELATION),
-    "place-moment": Rung(_place_moment, 2, list(COLOURS)),
+    "cue-relation": Rung(_cue_relation, 2, _RELATION),
     "place-moment-relation": Rung(_place_moment_relation, 3, _RELATION)}
 NAMES = {f"composed-{task}": task for task in RUNGS}  # names of the data sets
 

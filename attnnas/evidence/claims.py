@@ -21,6 +21,7 @@ from .tables.rows import (TRAINED_ENOUGH, Collected, bases, collect, differences
 from .tables.statistics import Finding, counted, family_note, verdicts
 from .tables.table import Pair, Table
 from .tables.table_0_benchmark import table_0_benchmark
+from .tables.table_1_composed import table_1_composed
 from .tables.table_1_nonlocal import table_1_nonlocal
 from .tables.table_2_modalities import table_2_modalities
 from .tables.table_3_backbones import table_3_backbones
@@ -28,7 +29,8 @@ from .tables.table_4_datasets import table_4_datasets
 
 # %% ../../nbs/evidence/07_claims.ipynb #be79fea7
 TABLES = {table.name: table for table in (
-    table_0_benchmark, table_1_nonlocal, table_2_modalities, table_3_backbones, table_4_datasets)}
+    table_0_benchmark, table_1_composed, table_1_nonlocal, table_2_modalities,
+    table_3_backbones, table_4_datasets)}
 AS_MUCH = 1.5  # [choice] a search costs "as much as one training" up to this many
 
 
