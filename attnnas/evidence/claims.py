@@ -46,16 +46,16 @@ def claimed(ours: bool) -> list:
 PROVING = {table.name for table, _ in claimed(ours=False)}
 
 
-def together(verdicts) -> str:
+def together(found) -> str:
     """Return the verdict over several places.
 
     Returns: "held" where all held, "not held" where any did not, else "undecided"; "not run" where
         there are none.
     """
-    verdicts = list(verdicts)
-    if not verdicts: return "not run"
-    if "not held" in verdicts: return "not held"
-    return "held" if set(verdicts) == {"held"} else "undecided"
+    found = set(found)
+    if not found: return "not run"
+    if "not held" in found: return "not held"
+    return "held" if found == {"held"} else "undecided"
 
 # %% ../../nbs/evidence/07_claims.ipynb #23ed35c1
 class Compared(NamedTuple):
