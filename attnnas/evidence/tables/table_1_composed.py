@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SPATIAL', 'TEMPORAL', 'WIDTH', 'SMALL', 'TWO_NON_LOCAL', 'BESIDE', 'PARALLEL', 'SPATIAL_FIRST', 'TEMPORAL_FIRST',
            'RANDOM', 'DERIVED', 'SOLVED', 'READING', 'table_1_composed', 'chain', 'given', 'solved', 'cells_of',
-           'in_words', 'counted_row', 'share_sentences', 'found_sentences', 'ComposedTable']
+           'in_words', 'counted_row', 'SharesCompared', 'compare_shares', 'found_sentences', 'ComposedTable']
 
 # %% ../../../nbs/evidence/tables/07_table_1_composed.ipynb #15dc8a23
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -92,12 +93,46 @@ def _shown(c) -> dict:
             "CPU-s": number(c.cpu_seconds, 0)}
 
 # %% ../../../nbs/evidence/tables/07_table_1_composed.ipynb #c057314e
-def share_sentences(rows, pairs) -> list:
-    """Say of each pair whether the better row solves more often, on every data set.
+class SharesCompared(NamedTuple):
+    """Two rows on one data set.
+
+    data: the data set.
+    pair: the rows and their claim.
+    ours, theirs: (runs that solved the task, all runs).
+    p: Fisher's p-value, corrected for all that is compared with it.
+    """
+    data: str
+    pair: Pair
+    ours: tuple
+    theirs: tuple
+    p: float
+
+    @property
+    def verdict(self) -> str:
+        "Whether the better row solves the task more often: held, not held or undecided."
+        if self.p > LEVEL: return "undecided"
+        is_more = self.ours[0] * self.theirs[1] > self.theirs[0] * self.ours[1]
+        return "held" if is_more else "not held"
+
+    @property
+    def measured(self) -> str:
+        "The two shares and the p-value."
+        return (f"{self.ours[0]} of {self.ours[1]} against {self.theirs[0]} of {self.theirs[1]}, "
+                f"p = {self.p:.2g}")
+
+    def __str__(self):
+        return (f"{self.data}: {self.pair.better} solves it more often than {self.pair.worse}: "
+                f"**{self.verdict}** ({self.measured}).")
+
+
+def compare_shares(rows, pairs) -> list:
+    """Compare how often rows solve their task, on every data set.
 
     rows: all rows of the table.
     pairs: what is compared.
-    Returns: sentences; p-values are corrected for all pairs together (Holm).
+    Returns: a SharesCompared for each pair and data set that has both rows; their p-values are
+        corrected together.
+    Source: Fisher's exact test, two-sided; Holm 1979.
     """
     by_name = {(row.data, row.model): row for row in rows}
     compared = []
@@ -106,14 +141,7 @@ def share_sentences(rows, pairs) -> list:
             both = [by_name.get((data, name)) for name in (pair.better, pair.worse)]
             if all(both): compared.append((data, pair, solved(both[0]), solved(both[1])))
     corrected = holm([shares_differ(*ours, *theirs) for _, _, ours, theirs in compared])
-    return [_sentence(*case, p) for case, p in zip(compared, corrected)]
-
-
-def _sentence(data: str, pair: Pair, ours, theirs, p: float) -> str:
-    more = ours[0] / ours[1] > theirs[0] / theirs[1]
-    verdict = ("held" if more else "not held") if p <= LEVEL else "undecided"
-    return (f"{data}: {pair.better} solves it more often than {pair.worse}: **{verdict}** "
-            f"({ours[0]} of {ours[1]} against {theirs[0]} of {theirs[1]}, p = {p:.2g}).")
+    return [SharesCompared(*case, p) for case, p in zip(compared, corrected)]
 
 # %% ../../../nbs/evidence/tables/07_table_1_composed.ipynb #73b7283e
 def found_sentences(rows) -> list:
@@ -149,7 +177,8 @@ class ComposedTable(Table):
         rows = collected.rows
         frame = pd.DataFrame([counted_row(row) for row in rows])
         shown = pd.DataFrame([_shown(cells) for cells in frame.itertuples()])
-        outcome = share_sentences(rows, self.pairs) + found_sentences(rows)
+        compared = compare_shares(rows, self.pairs)
+        outcome = [*map(str, compared), *found_sentences(rows)]
         costs = search_costs(rows, collected.searches)
         lines = "\n".join(f"- {sentence}" for sentence in [*outcome, *costs])
         data = dict.fromkeys(row.data for row in rows)
