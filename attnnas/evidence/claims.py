@@ -145,7 +145,7 @@ def composed_lines(rows) -> list:
     lines = []
     for pair in table_1_composed.pairs:
         if not pair.claim: continue
-        found = [one for one in compared if one.pair == pair]
+        found = [one for one in compared if one.claim == pair.claim]
         measured = [f"{one.data}, {one.measured}: {one.verdict}" for one in found]
         lines.append({"claim": pair.claim, SOLVING: "; ".join(measured) or "no records",
                       "verdict": together(one.verdict for one in found)})

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPATIAL', 'TEMPORAL', 'WIDTH', 'SMALL', 'TWO_NON_LOCAL', 'BESIDE', 'PARALLEL', 'SPATIAL_FIRST', 'TEMPORAL_FIRST',
-           'RANDOM', 'DERIVED', 'SOLVED', 'READING', 'table_1_composed', 'chain', 'given', 'solved', 'cells_of',
-           'in_words', 'counted_row', 'SharesCompared', 'compare_shares', 'found_sentences', 'ComposedTable']
+           'RANDOM', 'DERIVED', 'FROM_TASKS', 'SOLVED', 'READING', 'table_1_composed', 'chain', 'given', 'solved',
+           'cells_of', 'in_words', 'counted_row', 'SharesCompared', 'compare_shares', 'found_sentences',
+           'ComposedTable']
 
 # %% ../../../nbs/evidence/tables/07_table_1_composed.ipynb #15dc8a23
 from collections import Counter
@@ -17,7 +18,9 @@ import numpy as np
 from ...cells.spec import CellSpec, OperationSpec
 from .rows import Row
 from .statistics import LEVEL, holm, number, share, shares_differ
-from .table import BACKBONE, MLP_HEAD, NON_LOCAL, Kind, Pair, Table
+from .published import FROM
+from .table import (BACKBONE, MLP_HEAD, NON_LOCAL, Kind, Pair, Table,
+                                           names_of)
 from .text import provenance, search_costs
 
 # %% ../../../nbs/evidence/tables/07_table_1_composed.ipynb #f82fb36e
@@ -45,6 +48,7 @@ SPATIAL_FIRST = given("spatial, then temporal", chain(SPATIAL, TEMPORAL))
 TEMPORAL_FIRST = given("temporal, then spatial", chain(TEMPORAL, SPATIAL))
 RANDOM = Kind("random cell", "random", fields=SMALL)
 DERIVED = Kind("derived cell", "derived", fields=SMALL)
+FROM_TASKS = Kind(FROM, "derived", moved="data", fields=SMALL)
 
 # %% ../../../nbs/evidence/tables/07_table_1_composed.ipynb #b42a5489
 SOLVED = 95.0  # [choice] percent of the test clips; runs end near chance or near 100
@@ -97,12 +101,15 @@ class SharesCompared(NamedTuple):
     """Two rows on one data set.
 
     data: the data set.
-    pair: the rows and their claim.
+    better, worse: the names of the rows.
+    claim: what it means if `better` solves the task more often.
     ours, theirs: (runs that solved the task, all runs).
     p: Fisher's p-value, corrected for all that is compared with it.
     """
     data: str
-    pair: Pair
+    better: str
+    worse: str
+    claim: str
     ours: tuple
     theirs: tuple
     p: float
@@ -121,7 +128,7 @@ class SharesCompared(NamedTuple):
                 f"p = {self.p:.2g}")
 
     def __str__(self):
-        return (f"{self.data}: {self.pair.better} solves it more often than {self.pair.worse}: "
+        return (f"{self.data}: {self.better} solves it more often than {self.worse}: "
                 f"**{self.verdict}** ({self.measured}).")
 
 
@@ -138,9 +145,12 @@ def compare_shares(rows, pairs) -> list:
     compared = []
     for data in dict.fromkeys(row.data for row in rows):
         for pair in pairs:
-            both = [by_name.get((data, name)) for name in (pair.better, pair.worse)]
-            if all(both): compared.append((data, pair, solved(both[0]), solved(both[1])))
-    corrected = holm([shares_differ(*ours, *theirs) for _, _, ours, theirs in compared])
+            for better, worse in names_of([pair], rows):
+                both = [by_name.get((data, name)) for name in (better, worse)]
+                if not all(both): continue
+                shares = map(solved, both)
+                compared.append((data, better, worse, pair.claim, *shares))
+    corrected = holm([shares_differ(*ours, *theirs) for *_, ours, theirs in compared])
     return [SharesCompared(*case, p) for case, p in zip(compared, corrected)]
 
 # %% ../../../nbs/evidence/tables/07_table_1_composed.ipynb #73b7283e
@@ -211,8 +221,9 @@ class ComposedTable(Table):
 def _dots(ax, y: int, row: Row):
     "Draw the runs of a row, beside each other where they are equal, and how many solved the task."
     top1 = np.array(list(row.values().values()))
+    is_found = row.model.startswith((DERIVED.name, FROM))
     heights = y + 0.24 * (np.arange(len(top1)) / max(1, len(top1) - 1) - 0.5)
-    ax.scatter(top1, heights, color="C1" if row.model == DERIVED.name else "C0", s=18, alpha=0.7)
+    ax.scatter(top1, heights, color="C1" if is_found else "C0", s=18, alpha=0.7)
     right, runs = solved(row)
     ax.text(116, y, f"{right} of {runs}", ha="right", va="center", fontsize=8)
 
@@ -220,11 +231,12 @@ def _dots(ax, y: int, row: Row):
 table_1_composed = ComposedTable(
     "table_1_composed", "where only one attention after another tells the class",
     rows=(BACKBONE, MLP_HEAD, NON_LOCAL, TWO_NON_LOCAL, PARALLEL, SPATIAL_FIRST, TEMPORAL_FIRST,
-          RANDOM, DERIVED),
+          RANDOM, DERIVED, FROM_TASKS),
     pairs=(Pair("derived cell", "backbone", "a searched cell is better than nothing"),
            Pair("derived cell", "non-local", "a searched cell is better than non-local blocks",
                 main=True),
            Pair("derived cell", "two non-local blocks"),
            Pair("derived cell", "spatial beside temporal"),
+           Pair(FROM, "backbone", "a cell searched on another task helps"),
            Pair("derived cell", "random cell", "searching is better than a random cell (ours)",
                 ours=True)))
