@@ -44,7 +44,7 @@ def claimed(ours: bool) -> list:
     return found
 
 # %% ../../nbs/evidence/07_claims.ipynb #53a24648
-PROVING = {table.name for table, _ in claimed(ours=False)}
+PROVING = {table.name for table in TABLES.values() if any(pair.claim for pair in table.pairs)}
 
 
 def together(found) -> str:
@@ -178,6 +178,7 @@ def write_claims(tier: Tier, store: Store, reference) -> list:
     """
     import pandas as pd
     collected = {name: _collected(TABLES[name], tier, store) for name in sorted(PROVING)}
+    composed = collected[table_1_composed.name]
 
     def places_of(table, pair):
         talk = published(reference, table.published.file)
@@ -195,7 +196,6 @@ def write_claims(tier: Tier, store: Store, reference) -> list:
     shown = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
     text = TEXT.format(tier=tier.name, lines=shown, family=family_note(family), as_much=AS_MUCH,
                        enough=TRAINED_ENOUGH)
-    composed = _collected(table_1_composed, tier, store)
     if composed.rows:
         solving = pd.DataFrame(composed_lines(composed.rows))
         text += COMPOSED.format(lines=solving.to_markdown(index=False, disable_numparse=True))

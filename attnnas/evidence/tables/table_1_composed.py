@@ -237,6 +237,6 @@ table_1_composed = ComposedTable(
                 main=True),
            Pair("derived cell", "two non-local blocks"),
            Pair("derived cell", "spatial beside temporal"),
-           Pair(FROM, "backbone", "a cell searched on another task helps"),
+           Pair(FROM, "backbone", "a cell searched on another task solves it"),
            Pair("derived cell", "random cell", "searching is better than a random cell (ours)",
                 ours=True)))
