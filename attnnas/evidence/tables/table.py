@@ -33,12 +33,14 @@ class Kind:
         table may have options of it, under `methods`.
     moved: where the cell was searched: "" in the same place, in another "backbone", or on other
         "data". A kind that moves gives a row for each other place.
+    fields: (name, value) of further fields of the insertion, such as ("blocks", 2).
     """
     name: str
     insertion: str = "none"
     head: str = "linear"
     moved: str = ""
     method: str = "differentiable"
+    fields: tuple = ()
 
 # %% ../../../nbs/evidence/tables/05_table.ipynb #3214457e
 BACKBONE = Kind("backbone")
@@ -92,25 +94,26 @@ def row_runs(tier: Tier, place: dict, kind: Kind, searched: dict, sizes: dict,
     sizes: the tier's section of the table.
     """
     options = sizes.get("options", {})
+    methods = sizes.get("methods", {})
+    search = sizes.get("search", {}) | methods.get(kind.method, {}) | {"method": kind.method}
 
     def make(place, **what):
-        return tier.run(**place, options=options.get(place["backbone"]), **what)
+        return tier.run(**place, options=options.get(place["backbone"]), search=search, **what)
 
     runs = []
     for i, seed in enumerate(sizes["seeds"]):
         source = None
         if kind.insertion == "derived":
             search_seeds = choose("search_seeds", sizes, "size of a table with searched cells")
-            search = sizes.get("methods", {}).get(kind.method, {}) | {"method": kind.method}
-            source = make(searched, insertion="search", seed=search_seeds[i % len(search_seeds)],
-                          search=search)
-        runs.append(make(place, insertion=kind.insertion, head=kind.head, seed=seed, source=source))
+            source = make(searched, insertion="search", seed=search_seeds[i % len(search_seeds)])
+        runs.append(make(place, insertion=kind.insertion, head=kind.head, seed=seed, source=source,
+                         **dict(kind.fields)))
     if modality == "rgb": return runs
     return [changed(run, data={"modality": modality}) for run in runs]
 
 # %% ../../../nbs/evidence/tables/05_table.ipynb #64fbbcd6
 SIZES = ("data", "backbones", "seeds", "search_seeds", "searched_in", "leave_out", "options",
-         "methods")
+         "search", "methods")
 
 
 class Made(NamedTuple):
