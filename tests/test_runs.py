@@ -155,7 +155,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
 def train_for_long(folder):
     "Be a worker of a batch, and start a run that takes hours."
     from attnnas.evidence import executor
-    executor._start_worker(queue.SimpleQueue(), os.getppid())
+    executor._start_worker(queue.SimpleQueue(), dict(os.environ))
     training = TrainingConfig(epochs=10**5, batch_size=8)
     executor._work("key", RunConfig(data=DATA, training=training), folder, "cpu", 1)
 
