@@ -1,18 +1,15 @@
 """Runs a notebook in a process of its own, forked from one that has imported what takes long."""
 import json
-import multiprocessing
 import os
 import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from forks import FORKS, adopt
+
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 600  # that a notebook may take
-
-# Importing these takes 6 of the 7 CPU-seconds of a short notebook.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "torch._dynamo", "matplotlib.pyplot", "pandas", "execnb.shell"])
 
 
 class Done(NamedTuple):
@@ -30,6 +27,7 @@ def _run(path: Path, scratch: Path):
         for stream in (1, 2): os.dup2(file.fileno(), stream)
     sys.path.insert(0, str(ROOT))
     os.chdir(path.parent)
+    adopt()
     import pandas
     from execnb.nbio import read_nb
     from execnb.shell import CaptureShell

@@ -1,14 +1,22 @@
 """The command line: each bad input is one clear line and a non-zero exit code, and nothing finished is lost."""
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import forks
 from attnnas.cli import main as cli
 from attnnas.cli.doctor import gpu_hours
 from attnnas.cells.spec import CellSpec
+from attnnas.evidence.config import RunConfig
+from attnnas.evidence.run import run
+from attnnas.evidence.sources import Generated
+from attnnas.evidence.store import Store
+from attnnas.training.loop import TrainingConfig
 
 TINY = ["--frames", "4", "--size", "16", "--train-clips", "16", "--validation-clips", "8", "--test-clips", "12", "--epochs", "1",
         "--batch-size", "8", "--levels", "1", "--width", "4", "--device", "cpu"]
@@ -140,25 +148,18 @@ def test_a_results_folder_that_cannot_be_written_is_named(capsys, tmp_path):
     assert code == 2 and "Could not write" in err and str(tmp_path / "file") in err
 
 
-FULL_DISK = """
-import errno, os, sys
-import attnnas.core
-from attnnas.evidence.run import run
-from attnnas.evidence.store import Store
-from attnnas.evidence.config import RunConfig
-from attnnas.evidence.sources import Generated
-from attnnas.training.loop import TrainingConfig
-def full(handle): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-config = RunConfig(data=Generated(frames=4, size=16, train_clips=16, validation_clips=8, test_clips=12), training=TrainingConfig(epochs=1, batch_size=8))
-os.fsync = full
-run(config, Store(sys.argv[1]), "cpu")
-"""
+def run_on_a_full_disk(results):
+    def full(handle): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    data = Generated(frames=4, size=16, train_clips=16, validation_clips=8, test_clips=12)
+    os.fsync = full
+    run(RunConfig(data=data, training=TrainingConfig(epochs=1, batch_size=8)), Store(results), "cpu")
 
 
 def test_a_full_disk_is_named_and_finished_runs_stay(made, tmp_path):
     before = {path: path.read_bytes() for path in made.glob("runs/*/record.json")}
-    found = subprocess.run([sys.executable, "-c", FULL_DISK, str(made)], capture_output=True, text=True)
-    assert found.returncode and "No space left on device" in found.stderr and "Free some space" in found.stderr
+    status = forks.Forked(run_on_a_full_disk, made, output=tmp_path / "output.txt").wait(100)
+    told = (tmp_path / "output.txt").read_text()
+    assert status and "No space left on device" in told and "Free some space" in told
     assert before == {path: path.read_bytes() for path in made.glob("runs/*/record.json")} and len(before) == 2
     assert not list(made.rglob("*.tmp"))
 

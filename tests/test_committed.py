@@ -6,6 +6,7 @@ import pytest
 
 from attnnas.evidence.batch import reproduce
 from attnnas.evidence.config import tiers
+from forks import forked_kernels
 
 RESULTS = Path(__file__).parent.parent / "results"
 MADE = {"quick": ["table_0_benchmark", "table_1_nonlocal", "table_2_modalities", "table_3_backbones", "table_4_datasets",
@@ -14,7 +15,7 @@ OTHERWISE = {"ablation_search", "table_5_state_of_the_art"}     # rebuilt in tes
 
 
 @pytest.mark.parametrize("tier", MADE)
-def test_committed_tables_are_rebuilt_from_their_records_to_the_byte(tier, tmp_path):
+def test_committed_tables_are_rebuilt_from_their_records_to_the_byte(tier, tmp_path, forked_kernels):
     shutil.copytree(RESULTS / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("*.safetensors", "lock"))
     reproduce(tier, tmp_path, MADE[tier], device="cpu", rebuild=True, show=False)
     committed = [path for path in sorted((RESULTS / tier).iterdir()) if path.suffix in (".csv", ".md")

@@ -70,6 +70,16 @@ def test_every_generated_set_is_made_by_its_module():
 TINY = Generated(frames=8, size=24, train_clips=6, validation_clips=4, test_clips=4)
 
 
+def test_a_split_is_made_when_it_is_first_asked_for(monkeypatch):
+    "If this fails, a figure of test clips waits for clips of training, or a split is made twice."
+    made, make = [], synthetic.make_clips
+    monkeypatch.setattr(synthetic, "make_clips", lambda *given, **named: made.append(given[1:]) or make(*given, **named))
+    source = dataclasses.replace(TINY, data_seed=77)
+    assert len(source.open()["test"]) == 4 and made == [("test", 4)]
+    assert source.open()["test"] is source.open()["test"] and list(source.open()) == ["train", "validation", "test"]
+    assert "validation" in source.open() and "another" not in source.open() and len(made) == 2
+
+
 def test_modalities_show_the_same_clips():
     pytest.importorskip("cv2")
     seen = {name: dataclasses.replace(TINY, modality=name).open() for name in CHANNELS}

@@ -1,9 +1,7 @@
 """Two CPU processes share a training: the same gradients, every clip counted once, the paper's protocol on small data."""
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -11,8 +9,11 @@ import torch
 
 pytest.importorskip("accelerate")
 
-from attnnas.networks.registry import create_model
+import forks
+from attnnas.cells.derivation import random_cell
 from attnnas.core.errors import AttnnasError
+from attnnas.core.seeds import seed_everything
+from attnnas.data.clips import Clips
 from attnnas.evidence.config import load_tier
 from attnnas.evidence.executor import execute
 from attnnas.evidence.run import key_of
@@ -23,60 +24,57 @@ from attnnas.evidence.tables.text import provenance
 from attnnas.networks.insertion import insert
 from attnnas.networks.non_local import NonLocalBlock
 from attnnas.networks.profile import count_flops
-from attnnas.training.evaluation import in_turns
-from attnnas.training.loop import Trainer, TrainingConfig
-from attnnas.training.processes import OneProcess, launch_command, shared_device
-
-STEP = """
-import dataclasses, sys
-import torch
-from attnnas.core.seeds import seed_everything
-from attnnas.data.clips import Clips
-from attnnas.cells.derivation import random_cell
 from attnnas.networks.registry import create_model
-from attnnas.networks.insertion import insert
-from attnnas.networks.non_local import NonLocalBlock
 from attnnas.search.differentiable import SearchConfig, insert_supergraphs, search_trainer
-from attnnas.training.evaluation import predict
+from attnnas.training.evaluation import in_turns, predict
 from attnnas.training.loop import Trainer, TrainingConfig
-from attnnas.training.processes import processes
+from attnnas.training.processes import OneProcess, launch_command, processes, shared_device
 
-where, what, micro = sys.argv[1], sys.argv[2], int(sys.argv[3])
-group = processes("cpu")
-torch.set_default_dtype(torch.float64)
-seed_everything(0)
-model = create_model("i3d_small", num_classes=4)
-model.register_forward_pre_hook(lambda model, inputs: inputs[0].double())   # so that only what is wrong differs, not what is rounded
-search = SearchConfig(levels=1, width=8)
-clips = Clips(torch.randint(0, 256, (11, 3, 8, 16, 16), dtype=torch.uint8), torch.arange(11) % 4, list("abcd"), {}, {}, "f")
-training = TrainingConfig(batch_size=7, micro_batch=micro, optimizer="sgd", clip_norm=1e9)
-if what == "supergraph": trainer = search_trainer(insert_supergraphs(model, search), clips, search, training, processes=group)
-else:
-    if what == "non-local": insert(model, NonLocalBlock)
-    if what == "cell": insert(model, random_cell(1, 2, width=8).cell)
-    for p in model.parameters(): p.data += .01 * torch.randn_like(p)     # insertions that start as nothing have no gradient
-    trainer = Trainer(model, clips, training, processes=group)
-trainer.train_batch(torch.tensor([3, 1, 4, 10, 5, 9, 2]))
-found = {"gradients": torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), "totals": trainer.totals,
-         "buffers": torch.cat([b.flatten() for b in model.buffers() if b.is_floating_point()]),
-         "scores": predict(model, clips, 3, processes=group)}
-torch.save(found, f"{where}.{group.count}.{group.rank}")
-"""
+CASES = {"cell": 0, "non-local": 3, "supergraph": 4}  # clips in a pass; 0: all
 
 
-def call(command, **options):
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
-    assert done.returncode == 0, done.stderr[-3000:]
+def steps(where):
+    "Train one batch of each case as one of some processes, and write what came of it. They once did not find each other on auto."
+    group = processes("auto" if not torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    for what, micro in CASES.items(): torch.save(step(what, micro, group), f"{where}.{what}.{group.count}.{group.rank}")
 
 
-@pytest.mark.parametrize("what, micro", [("cell", 0), ("non-local", 3), ("supergraph", 4)])
-def test_two_processes_have_the_gradients_of_one(tmp_path, what, micro):
+def step(what, micro, group) -> dict:
+    seed_everything(0)
+    model = create_model("i3d_small", num_classes=4)
+    model.register_forward_pre_hook(lambda model, inputs: inputs[0].double())   # so that only what is wrong differs, not what is rounded
+    search = SearchConfig(levels=1, width=8)
+    clips = Clips(torch.randint(0, 256, (11, 3, 8, 16, 16), dtype=torch.uint8), torch.arange(11) % 4, list("abcd"), {}, {}, "f")
+    training = TrainingConfig(batch_size=7, micro_batch=micro, optimizer="sgd", clip_norm=1e9)
+    if what == "supergraph": trainer = search_trainer(insert_supergraphs(model, search), clips, search, training, processes=group)
+    else:
+        if what == "non-local": insert(model, NonLocalBlock)
+        if what == "cell": insert(model, random_cell(1, 2, width=8).cell)
+        for p in model.parameters(): p.data += .01 * torch.randn_like(p)     # insertions that start as nothing have no gradient
+        trainer = Trainer(model, clips, training, processes=group)
+    trainer.train_batch(torch.tensor([3, 1, 4, 10, 5, 9, 2]))
+    return {"gradients": torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), "totals": trainer.totals,
+            "buffers": torch.cat([b.flatten() for b in model.buffers() if b.is_floating_point()]),
+            "scores": predict(model, clips, 3, processes=group), "ranks": torch.tensor(group.gather(group.rank))}
+
+
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory):
+    "Where one process, and two together, have written what came of `steps`."
+    folder = tmp_path_factory.mktemp("steps")
+    alone = forks.Forked(steps, folder / "out", output=folder / "alone.txt")
+    for process in [alone, *forks.together(2, steps, folder / "out", output=folder / "together.txt")]:
+        assert process.wait(300) == 0, [path.read_text()[-3000:] for path in folder.glob("*.txt")]
+    return folder
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_two_processes_have_the_gradients_of_one(stepped, what):
     "Seven clips of which one process has four, in one pass or in several; batch normalisation sees all that pass at once."
-    (tmp_path / "step.py").write_text(STEP)
-    arguments = [tmp_path / "step.py", tmp_path / "out", what, micro]
-    call([sys.executable, *map(str, arguments)])
-    call(launch_command(2, arguments))
-    one, first, second = (torch.load(tmp_path / f"out.{end}") for end in ("1.0", "2.0", "2.1"))
+    one, first, second = (torch.load(stepped / f"out.{what}.{end}") for end in ("1.0", "2.0", "2.1"))
+    assert one.pop("ranks").tolist() == [0] and first["ranks"].tolist() == second["ranks"].tolist() == [0, 1]
     for name in one:
         apart = (one[name] - first[name]).abs().max() / one[name].abs().max()
         assert apart < 1e-6, f"{name}: {apart:.1e}"
@@ -100,7 +98,6 @@ def test_what_was_shared_out_comes_back_in_order():
 
 
 def test_a_process_without_a_clip_is_refused_before_training():
-    from attnnas.data.clips import Clips
     clips = Clips(torch.zeros(9, 3, 2, 4, 4, dtype=torch.uint8), torch.zeros(9, dtype=torch.int64), ["a"])
     with pytest.raises(AttnnasError, match="9 clips in batches of 4, 4 at once, leave 1 for 3 processes"):
         Trainer(torch.nn.Linear(1, 1), clips, TrainingConfig(batch_size=4), processes=Third())
@@ -136,64 +133,54 @@ def test_what_several_processes_cannot_share_is_refused_before_any_work(config, 
     if not torch.cuda.is_available(): assert shared_device("auto", 2) == "cpu"
 
 
-ALONE_TOGETHER = """
+TOGETHER = """
 import sys
-import torch
 from attnnas.training.processes import processes
-group = processes("auto" if not torch.cuda.is_available() else "cpu")
-if group.rank == 1 and "die" in sys.argv: sys.exit("gone")
-found = group.gather(group.rank)
-print(group.count, found, flush=True)
+group = processes("cpu")
+if group.rank == 1: sys.exit("gone")
+group.gather(group.rank)
 """
 
 
-@pytest.mark.parametrize("die", [False, True])
-def test_processes_on_a_cpu_find_each_other_and_part(tmp_path, die):
-    "With the device left to choose they once did not; one that is gone ends the others, and nothing aborts at the exit."
-    (tmp_path / "script.py").write_text(ALONE_TOGETHER)
-    done = subprocess.run(launch_command(2, [tmp_path / "script.py", *["die"] * die]), capture_output=True, text=True,
+def test_a_process_that_is_gone_ends_the_others(tmp_path):
+    "If this fails, a launcher waits for what will never come, or a process aborts at its exit."
+    (tmp_path / "script.py").write_text(TOGETHER)
+    done = subprocess.run(launch_command(2, [tmp_path / "script.py"]), capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=60)
-    assert (done.returncode == 0) != die and "SIGABRT" not in done.stderr
-    if not die: assert sorted(done.stdout.split("\n")) == ["", "2 [0, 1]", "2 [0, 1]"]
+    assert done.returncode != 0 and "SIGABRT" not in done.stderr
 
 
-BATCH = """
-import json, sys
-from attnnas.evidence.config import RunConfig
-from attnnas.evidence.executor import execute
-from attnnas.evidence.store import Store
-if __name__ == "__main__":
-    execute([RunConfig.from_dict(json.loads(sys.argv[1]))], Store(sys.argv[2]), 1, "cpu", False, processes=2)
-"""
+def batch(config, folder):
+    "Be a batch of one run that two processes share."
+    execute([config], Store(folder), 1, "cpu", False, processes=2)
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_stopped_and_killed_shared_runs_leave_no_process_and_continue(config, tmp_path, how):
+def test_stopped_and_killed_shared_runs_leave_no_process_and_continue(config, tmp_path):
+    """Again and again, each time as far as a checkpoint of its own: its batch is asked to stop, its batch is killed, and one of
+    its processes is killed. That one ends the other and the call within a minute, with a message. The last call finishes."""
     config = changed(config, training={"epochs": 25})
-    (tmp_path / "batch.py").write_text(BATCH)
-    command = [sys.executable, str(tmp_path / "batch.py"), json.dumps(config.to_dict()), str(tmp_path)]
-    batch = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoint = Store(tmp_path).path(key_of(config), "checkpoint.safetensors")
-    until(checkpoint.exists)
-    batch.send_signal(how)
-    batch.wait(60)
-    until(lambda: not any(str(tmp_path).encode() in command for command in commands()))
-    assert checkpoint.exists() and not checkpoint.with_name("record.json").exists()
+    output = tmp_path / "output.txt"
+    for how in ("stop", "kill", "kill a part"):
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
+        process = forks.Forked(batch, config, tmp_path, output=output)
+        until(lambda: checkpoint.exists() and checkpoint.stat().st_mtime_ns != before or process.poll() is not None)
+        assert process.poll() is None, output.read_text()
+        if how == "kill a part": os.kill(parts(tmp_path)[1], signal.SIGKILL)
+        else: process.send_signal(signal.SIGTERM if how == "stop" else signal.SIGKILL)
+        process.wait(90)
+        until(lambda: not any(str(tmp_path).encode() in command for command in commands()))
+        until(lambda: is_gone(process.pid))
+        assert checkpoint.exists() and not checkpoint.with_name("record.json").exists()
+    assert process.poll() == 1 and "failed or was killed" in output.read_text()
     short = execute([config], Store(tmp_path), 1, "cpu", show=False, processes=2)[0]
     assert len(short.history) == 25 and not checkpoint.exists()
 
 
-def test_a_killed_process_ends_the_other_and_the_call(config, tmp_path):
-    "Within a minute, with a message, and without an orphan; the same call then continues."
-    config = changed(config, training={"epochs": 1000})
-    (tmp_path / "batch.py").write_text(BATCH)
-    command = [sys.executable, str(tmp_path / "batch.py"), json.dumps(config.to_dict()), str(tmp_path)]
-    batch = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    until(Store(tmp_path).path(key_of(config), "checkpoint.safetensors").exists)
-    os.kill(parts(tmp_path)[1], signal.SIGKILL)
-    _, told = batch.communicate(timeout=90)
-    assert batch.returncode == 1 and "failed or was killed" in told
-    until(lambda: not any(str(tmp_path).encode() in command for command in commands()))
+def is_gone(group: int) -> bool:
+    try: os.killpg(group, 0)
+    except ProcessLookupError: return True
+    return False
 
 
 def parts(place) -> list:

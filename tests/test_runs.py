@@ -1,18 +1,21 @@
 """Runs: a record is a function of its configuration, and nothing finished is lost."""
 import dataclasses
-import multiprocessing
 import os
 import queue
+import resource
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 
+import forks
 from attnnas.core.errors import AttnnasError
 from attnnas.core.numbers import NUMBERS
-from attnnas.evidence.config import RunConfig
+from attnnas.evidence import executor
+from attnnas.evidence.config import RunConfig, load_tier
 from attnnas.evidence.executor import execute, with_sources
 from attnnas.evidence.insertions import DerivedCell, Insertion, NonLocal, RandomCell, Search
 from attnnas.evidence.run import key_of, load_model, run
@@ -90,58 +93,61 @@ def test_one_failing_run_does_not_stop_the_others(tmp_path):
     assert execute([config(seed=1)], store, 1, "cpu", False)[0].status == "finished"
 
 
-KILLED = """
-import sys
-from attnnas.evidence.executor import execute
-from attnnas.evidence.config import load_tier
-from attnnas.evidence.store import Store
-if __name__ == "__main__":
+def batch(results):
     tier = load_tier("smoke")
     search = tier.run("A", "i3d_small", "search", 0)
     derived = tier.run("A", "i3d_small", "derived", 0, source=search)
-    records = execute([derived], Store(sys.argv[1]), 1, "cpu", False)
+    records = execute([derived], Store(results), 1, "cpu", False)
     print(*[(r.key, r.test) for r in records])
-"""
 
 
 def test_a_killed_batch_continues_and_ends_with_the_same_records(tmp_path):
     "The whole process group of a batch is killed with SIGKILL half way; the rerun equals an undisturbed one."
-    script = tmp_path / "batch.py"
-    script.write_text(KILLED)
-
-    def start(folder):
-        return subprocess.Popen([sys.executable, script, tmp_path / folder], stdout=subprocess.PIPE, text=True, start_new_session=True)
-
-    process = start("killed")
+    process = forks.Forked(batch, tmp_path / "killed")
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("killed/runs/*/checkpoint.safetensors")) and time.monotonic() < deadline: time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert list(tmp_path.glob("killed/runs/*/checkpoint.safetensors")), "the batch was killed under way"
-    resumed, whole = (start(folder).communicate(timeout=120)[0] for folder in ("killed", "whole"))
-    assert resumed == whole and "top1" in whole
+    told = []
+    for folder in ("killed", "whole"):
+        output = tmp_path / f"{folder}.txt"
+        assert forks.Forked(batch, tmp_path / folder, output=output).wait(120) == 0, output.read_text()
+        told.append(output.read_text())
+    assert told[0] == told[1] and "top1" in told[1]
+
+
+def count_faults(keep: bool):
+    if keep: executor._keep_memory()
+    for _ in range(20): torch.zeros(2**24)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="another C library")
-def test_workers_keep_their_memory():
+def test_workers_keep_their_memory(tmp_path):
     "Page faults of twenty blocks of 64 MiB, one after the other: a worker clears the memory for the first one only."
-    script = """
-import resource, sys, torch
-from attnnas.evidence.executor import _keep_memory
-if sys.argv[1] == "kept": _keep_memory()
-for _ in range(20): torch.zeros(2**24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"""
-    faults = {how: int(subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, check=True).stdout)
-              for how in ("kept", "given back")}
-    assert faults["given back"] - faults["kept"] > 10 * 2**26 / 4096, faults
+    faults = {}
+    for keep in (True, False):
+        output = tmp_path / f"{keep}.txt"
+        assert forks.Forked(count_faults, keep, output=output).wait(60) == 0, output.read_text()
+        faults[keep] = int(output.read_text())
+    assert faults[False] - faults[True] > 10 * 2**26 / 4096, faults
+
+
+KILLED = """
+import sys
+from test_runs import batch
+if __name__ == "__main__": batch(sys.argv[1])
+"""
 
 
 def test_workers_end_when_their_parent_is_killed(tmp_path):
-    "If this fails, a killed batch leaves processes behind that hold its locks."
+    "If this fails, a killed batch leaves processes behind that hold its locks. Its fork server must end too, so that it has one."
     script = tmp_path / "batch.py"
     script.write_text(KILLED)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, filter(None, sys.path)))}
     process = subprocess.Popen([sys.executable, script, tmp_path / "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               start_new_session=True)
+                               start_new_session=True, env=environment)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("killed/runs/*/lock")) and time.monotonic() < deadline: time.sleep(0.05)
     process.kill()
@@ -154,15 +160,14 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
 
 def train_for_long(folder):
     "Be a worker of a batch, and start a run that takes hours."
-    from attnnas.evidence import executor
-    executor._start_worker(queue.SimpleQueue(), os.getppid())
+    executor._start_worker(queue.SimpleQueue(), dict(os.environ))
     training = TrainingConfig(epochs=10**5, batch_size=8)
     executor._work("key", RunConfig(data=DATA, training=training), folder, "cpu", 1)
 
 
 def test_a_worker_that_is_told_to_stop_ends(tmp_path):
     "If this fails, a batch of which an idle worker was killed waits for ever for the others."
-    worker = multiprocessing.get_context("spawn").Process(target=train_for_long, args=(tmp_path,))
+    worker = forks.FORKS.Process(target=train_for_long, args=(tmp_path,))
     worker.start()
     deadline = time.monotonic() + 100
     while not list(tmp_path.glob("runs/*/checkpoint.safetensors")) and time.monotonic() < deadline: time.sleep(0.05)

@@ -8,7 +8,6 @@ import json
 import os
 import random as standard_random
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import forks
 from attnnas.networks.registry import create_model
 from attnnas.core.errors import AttnnasError
 from attnnas.core.seeds import seed_everything
@@ -118,7 +118,7 @@ def main(folder: Path):
 def processes(tmp_path_factory):
     "The folder in which `main` has been at work."
     folder = tmp_path_factory.mktemp("processes")
-    subprocess.run([sys.executable, __file__, folder], check=True, timeout=300)
+    assert forks.Forked(main, folder, output=folder / "output.txt").wait(300) == 0, (folder / "output.txt").read_text()
     return folder
 
 
@@ -579,5 +579,3 @@ def test_what_a_training_depends_on(training):
     assert describe(other(device="cuda")) == describe(training)
     with pytest.raises(AttnnasError, match="Mixed_4x"): random(SPACE, other(sites=("Mixed_4x",)), 1)
 
-
-if __name__ == "__main__": main(Path(sys.argv[1]))

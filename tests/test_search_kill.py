@@ -3,8 +3,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import forks
 from attnnas.networks.base import Backbone
 from attnnas.core.seeds import generator, seed_everything
 from attnnas.data.clips import Clips
@@ -112,7 +111,7 @@ def main(folder: Path):
 def folder(tmp_path_factory) -> Path:
     "Where `main` has been at work."
     folder = tmp_path_factory.mktemp("searches")
-    subprocess.run([sys.executable, __file__, folder], check=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert forks.Forked(main, folder, output=folder / "output.txt").wait(600) == 0, (folder / "output.txt").read_text()
     return folder
 
 
@@ -161,5 +160,3 @@ def test_same_seed_same_bits_and_another_seed_others(folder):
     different = differences(other, whole)
     assert {"/history/0/loss", "/weights/head.weight", "/weights/early.original.1.running_mean"} <= set(different), different
 
-
-if __name__ == "__main__": main(Path(sys.argv[1]))

@@ -9,6 +9,7 @@ from attnnas.attention.formula import COMPATIBILITIES, Attention, local
 from attnnas.core.errors import AttnnasError
 from attnnas.explain.gradcam import gradcam
 from attnnas.networks.axes import ChannelAxes
+from attnnas.networks.dry_run import DryRun
 from attnnas.networks.insertion import Site, insert, inserted, remove, site_shapes
 from attnnas.networks.non_local import NonLocalBlock
 from attnnas.networks.profile import count_flops
@@ -239,3 +240,30 @@ def test_a_product_without_a_formula_is_named():
     "If this fails, a network looks cheaper than it is."
     with pytest.raises(AttnnasError, match="_euclidean_dist"):
         count_flops(Product(lambda net, x: torch.cdist(x, x)), (1, 100, 8))
+
+
+class Normed(nn.Module):
+    "Batch normalisation and relu of a map whose channels lie last in memory where `moved`."
+    def __init__(self, moved: bool):
+        super().__init__()
+        self.moved, self.norm = moved, nn.BatchNorm3d(6)
+
+    def forward(self, x):
+        x = x.movedim(-1, 1) if self.moved else x
+        return x, self.norm(x), torch.relu(x), torch.relu(self.norm(x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_short_way_of_a_dry_run_gives_what_torch_gives(moved, dtype, training):
+    "If this fails, a dry run has other shapes, types or layouts in memory than a pass, or would save other tensors for a backward pass."
+    dry = DryRun(Normed(moved).to(dtype), training=training)
+    x = dry.input((2, 4, 5, 7, 6) if moved else (2, 6, 4, 5, 7)).requires_grad_()
+
+    def traits(run):
+        saved = []
+        keep = lambda tensor: saved.append((tensor.shape, tensor.dtype)) or tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, keep): made = run(x)
+        return [(t.shape, t.dtype, t.stride(), t.device, t.requires_grad) for t in made], saved
+    assert traits(dry) == traits(dry.model)

@@ -3,15 +3,17 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
+from jupyter_client.launcher import launch_kernel
+from jupyter_client.provisioning import local_provisioner
 
+import forks
+from forks import forked_kernels
 from attnnas.core.errors import AttnnasError
 from attnnas.evidence import batch, templates
 from attnnas.evidence.batch import notebook_key, reproduce
@@ -37,7 +39,9 @@ def test_a_table_without_a_template_of_its_own_is_shown_by_the_common_one(monkey
     assert template_path("table_9_new").stem == COMMON
 
 
-def test_the_common_template_makes_the_same_table(smoke, tmp_path):
+def test_the_common_template_makes_the_same_table(smoke, tmp_path, monkeypatch):
+    "In a kernel that is started as for a user, and not forked as the others here."
+    monkeypatch.setattr(local_provisioner, "launch_kernel", launch_kernel)
     results = shutil.copytree(smoke[0], tmp_path / "results")
     made = results / "smoke/table_1_nonlocal.csv"
     before = made.read_bytes()
@@ -48,7 +52,7 @@ def test_the_common_template_makes_the_same_table(smoke, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
+def smoke(tmp_path_factory, forked_kernels):
     "The smoke tier, made once: runs in worker processes, then all notebooks through papermill."
     results = tmp_path_factory.mktemp("smoke")
     return results, reproduce("smoke", results, device="cpu", show=False)
@@ -87,26 +91,22 @@ def test_a_fresh_start_makes_the_runs_again(smoke):
     assert record.stat().st_mtime_ns > before
 
 
-BATCH = """
-import sys
-from attnnas.evidence.batch import reproduce
-if __name__ == "__main__": reproduce("smoke", sys.argv[1], sys.argv[2:], device="cpu", workers=2, show=False)
-"""
+def batch_of(results, names):
+    "Be a batch of two workers."
+    reproduce("smoke", results, names, device="cpu", workers=2, show=False)
 
 
 def test_a_batch_killed_at_ten_random_moments_ends_with_the_same_tables(smoke, tmp_path):
     "Runs or notebooks, whatever it was at: its whole process group gets SIGKILL."
-    (tmp_path / "batch.py").write_text(BATCH)
     names, draw = ["table_0_benchmark", "table_1_nonlocal"], random.Random(0)
-    start = lambda: subprocess.Popen([sys.executable, tmp_path / "batch.py", tmp_path / "killed", *names], start_new_session=True,
-                                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    start = lambda: forks.Forked(batch_of, tmp_path / "killed", names, output=tmp_path / "output.txt")
     for _ in range(10):
         process = start()
-        time.sleep(draw.uniform(2.5, 7.5))
+        time.sleep(draw.uniform(.5, 2.5))
         try: os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError: pass
         process.wait()
-    assert start().wait(300) == 0
+    assert start().wait(300) == 0, (tmp_path / "output.txt").read_text()
     for name in names:
         killed, whole = (pd.read_csv(folder / "smoke" / f"{name}.csv") for folder in (tmp_path / "killed", smoke[0]))
         timed = [column for column in whole if "seconds" in column]

@@ -5,8 +5,6 @@ import math
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,54 +13,56 @@ import pytest
 import torch
 from torch import nn
 
+import forks
 from attnnas.core.errors import AttnnasError
+from attnnas.core.hashes import content_hash
 from attnnas.core.seeds import generator, seed_everything
+from attnnas.data import synthetic
 from attnnas.data.clips import Clips
+from attnnas.networks.registry import create_model
+from attnnas.search.differentiable import SearchConfig, insert_supergraphs, search_trainer
 from attnnas.training.checkpoint import load_checkpoint, save_checkpoint
 from attnnas.training.evaluation import evaluate, score
 from attnnas.training.loop import AnotherTraining, Interrupted, Trainer, TrainingConfig, epoch_order, rate
 
-SCRIPT = """
-import sys, torch
-torch.set_num_threads(1)
-from attnnas.networks.registry import create_model
-from attnnas.core.hashes import content_hash
-from attnnas.core.seeds import seed_everything
-from attnnas.data.synthetic import benchmark, make_clips
-from attnnas.search.differentiable import SearchConfig, insert_supergraphs, search_trainer
-from attnnas.training.loop import TrainingConfig
-seed_everything(0)
-clips = make_clips(benchmark("A", frames=4, size=16), "train", 40)
-model = insert_supergraphs(create_model("i3d_small", num_classes=12), SearchConfig(levels=2, width=4))
-trainer = search_trainer(model, clips, SearchConfig(levels=2, width=4), TrainingConfig(epochs=3, batch_size=8), seed=0,
-                         validation=clips, checkpoint=sys.argv[1], checkpoint_seconds=0,
-                         progress=lambda step, steps: print(step, flush=True))
-trainer.fit()
-state = {name: tensor.tolist() for name, tensor in model.state_dict().items()}
-history = [{k: v for k, v in e.items()} for e in trainer.history]
-print("final", content_hash([state, history]), flush=True)
-"""
+def search(checkpoint):
+    "Search with a checkpoint after each step; print the steps, and a hash of what was found."
+    torch.set_num_threads(1)
+    seed_everything(0)
+    clips = synthetic.make_clips(synthetic.benchmark("A", frames=4, size=16), "train", 40)
+    model = insert_supergraphs(create_model("i3d_small", num_classes=12), SearchConfig(levels=2, width=4))
+    trainer = search_trainer(model, clips, SearchConfig(levels=2, width=4), TrainingConfig(epochs=3, batch_size=8), seed=0,
+                             validation=clips, checkpoint=checkpoint, checkpoint_seconds=0,
+                             progress=lambda step, steps: print(step, flush=True))
+    trainer.fit()
+    state = {name: tensor.tolist() for name, tensor in model.state_dict().items()}
+    history = [{k: v for k, v in e.items()} for e in trainer.history]
+    print("final", content_hash([state, history]), flush=True)
 
 
 def start(checkpoint):
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(checkpoint)], stdout=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    "(a process that searches, the lines that it prints)."
+    pipe = checkpoint.with_suffix(".pipe")
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+    process = forks.Forked(search, checkpoint, output=pipe)
+    return process, open(pipe)
 
 
 def test_killed_at_random_steps_and_resumed_equals_uninterrupted(tmp_path):
     "A search killed with SIGKILL twice at random steps ends with the same weights and history, to the bit."
-    whole = start(tmp_path / "whole").communicate()[0].split()[-1]
+    whole = start(tmp_path / "whole")[1].read().split()[-1]
     draw = random.Random(7)
     for attempt in range(3):
-        process = start(tmp_path / "killed")
+        process, printed = start(tmp_path / "killed")
         last = attempt == 2
         stop_after = None if last else draw.randint(1, 4)
         lines = []
-        for line in process.stdout:
+        for line in printed:
             lines.append(line)
             if len(lines) == stop_after: process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert (process.returncode == 0) == last
+        printed.close()
+        assert (process.wait() == 0) == last
     assert int(lines[0]) > 1, "the last attempt began where an earlier one had stopped"
     assert lines[-1].split()[-1] == whole
 

@@ -42,7 +42,9 @@ def _keep_memory():
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give back only what exceeds this
 
 # %% ../../nbs/evidence/06_executor.ipynb #8c2ef06e
-def _start_worker(messages, parent: int):
+def _start_worker(messages, environment: dict):
+    os.environ.clear()  # it is that of the time when the fork server was started
+    os.environ |= environment
     torch.set_num_threads(1)
     _keep_memory()
     # tqdm's own lock would be a semaphore, which a killed worker leaves behind.
@@ -50,11 +52,8 @@ def _start_worker(messages, parent: int):
     # Ctrl-C reaches the whole terminal; the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     globals().update(_messages=messages)
-    threading.Thread(target=_follow, args=(_wait_for_death, parent), daemon=True).start()
-
-# %% ../../nbs/evidence/06_executor.ipynb #4740e0af
-def _wait_for_death(parent: int):
-    while os.getppid() == parent: time.sleep(1)
+    wait = multiprocessing.parent_process().join
+    threading.Thread(target=_follow, args=(wait,), daemon=True).start()
 
 # %% ../../nbs/evidence/06_executor.ipynb #bfe10725
 def _follow(wait, *arguments):
@@ -276,10 +275,10 @@ def _stored(configs: list, store: Store) -> list:
 
 # %% ../../nbs/evidence/06_executor.ipynb #9bf0ea2e
 def _make_all(waiting: dict, store: Store, workers: int, device: str, show: bool, count: int):
-    context = multiprocessing.get_context("spawn")
+    context = _context(device)
     messages = context.Queue()
     progress = Progress(waiting, workers, show)
-    start = (messages, os.getpid())
+    start = (messages, dict(os.environ))
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, start)
     with _terminate_as_interrupt():
         try:
@@ -291,6 +290,15 @@ def _make_all(waiting: dict, store: Store, workers: int, device: str, show: bool
         finally:
             progress.bar.close()
             _shut_down(pool)
+
+# %% ../../nbs/evidence/06_executor.ipynb #3359e1db
+multiprocessing.set_forkserver_preload(["torch._dynamo", __name__])
+
+
+def _context(device: str):
+    "Return how multiprocessing starts workers for `device`."
+    forks = sys.platform == "linux" and pick_device(device).type == "cpu"
+    return multiprocessing.get_context("forkserver" if forks else "spawn")
 
 # %% ../../nbs/evidence/06_executor.ipynb #57ce9a92
 def _shut_down(pool):

@@ -8,6 +8,7 @@ __all__ = ['CHANNELS', 'SPLITS', 'GENERATORS', 'STREAMS', 'Source', 'Generated',
 # %% ../../nbs/evidence/01_sources.ipynb #9640d366
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -73,9 +74,9 @@ class Generated(Source):
     data_seed: int = option(0, "seed of a generated set, and of the crops of videos", minimum=0,
                            maximum=2**63 - 1)
 
-    def open(self) -> dict:
-        "Return {split: its clips}, made once in a process."
-        return _generate(self)
+    def open(self) -> Mapping:
+        "Return {split: its clips}. A split is made when it is first asked for, once in a process."
+        return _Splits(self)
 
     @property
     def settings(self):
@@ -100,14 +101,25 @@ class Generated(Source):
         return evaluate(model, clips, at_once, device, processes)
 
 # %% ../../nbs/evidence/01_sources.ipynb #0d3c9f63
-@lru_cache(maxsize=2)
-def _generate(source: Generated) -> dict:
+class _Splits(Mapping):
+    "The splits of a generated set. A figure of test clips does not wait for those of training."
+
+    def __init__(self, source: Generated): self.source = source
+
+    def __getitem__(self, split: str): return _generate(self.source, split)
+
+    def __iter__(self): return iter(SPLITS)
+
+    def __len__(self): return len(SPLITS)
+
+
+@lru_cache(maxsize=2 * len(SPLITS))
+def _generate(source: Generated, split: str):
     made = GENERATORS[source.name]
-    clips = {split: made.make_clips(source.settings, split, count, seed=source.data_seed)
-             for split, count in source.counts.items()}
+    count = source.counts[split]
+    clips = made.make_clips(source.settings, split, count, seed=source.data_seed)
     if source.modality == "rgb": return clips
-    both = source.modality == "rgb+flow"
-    return {split: flow_clips(shown, keep_colours=both) for split, shown in clips.items()}
+    return flow_clips(clips, keep_colours=source.modality == "rgb+flow")
 
 # %% ../../nbs/evidence/01_sources.ipynb #9f20b9f6
 STREAMS = {"rgb": "rgb", "flow": "flow", "rgb+flow": "both"}

@@ -8,10 +8,12 @@ __all__ = ['home', 'Call', 'shapes_of', 'DryRun']
 # %% ../../nbs/networks/00_dry_run.ipynb #b11caf2f
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from ..core.errors import AttnnasError
@@ -42,6 +44,18 @@ class Call(NamedTuple):
     seen: object
 
 # %% ../../nbs/networks/00_dry_run.ipynb #7a00811c
+class _Quick(TorchDispatchMode):
+    "Give what batch normalisation in evaluation mode, and relu, give on the meta device."
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.relu.default: return torch.empty_like(args[0])
+        if function is torch.ops.aten.native_batch_norm.default:
+            x, _, _, mean, variance, training = args[:6]
+            # Of half precision, torch keeps the deviations in single precision.
+            is_plain = not training and x.dtype == variance.dtype and x.dtype.itemsize >= 4
+            if is_plain: return torch.empty_like(x), mean, torch.empty_like(variance)
+        return function(*args, **kwargs or {})
+
+# %% ../../nbs/networks/00_dry_run.ipynb #59bf687c
 def _nothing(*_): return 0
 
 
@@ -96,28 +110,31 @@ class DryRun:
         if self.device.type == "meta": return torch.empty(shape, device="meta", dtype=dtype)
         return torch.rand(shape, generator=generator("profile")).to(self.device, dtype)
 
-    def __call__(self, x, method: str = "forward"):
+    def __call__(self, x, method: str = "forward", watch=nullcontext()):
         """Run the copy.
 
         x: what `input` made.
         method: the name of the method to run; default: a forward pass.
+        watch: a context to run it in, such as a TorchDispatchMode that sees every operation.
         Returns: its output.
         Raises: AttnnasError where it fails.
         """
         run = self.model if method == "forward" else getattr(self.model, method)
         x = tree_map(lambda part: part, x)  # some networks write into the list that they are given
         arguments = x if isinstance(x, tuple) else (x,)
-        try: return run(*arguments)
+        quick = _Quick() if self.device.type == "meta" else nullcontext()
+        try:
+            with quick, watch: return run(*arguments)
         except Exception as error:  # a foreign network raises what it likes
             told = str(error).rstrip(".")
             raise AttnnasError(f"{type(self.model).__name__} failed in a dry run on an input of "
                                f"shape {shapes_of(x)}: {told}. {self.advice}") from error
 
     def calls(self, x, meter: Callable = _nothing, look: Callable = _nothing,
-              method: str = "forward") -> list[Call]:
+              method: str = "forward", watch=nullcontext()) -> list[Call]:
         """Run the copy and list the calls of its modules, in the order in which they end.
 
-        x, method: as in a call of the object.
+        x, method, watch: as in a call of the object.
         meter: a function without arguments that is read before and after each call.
         look: a function (inputs, output) whose result is kept for each call.
         Returns: a Call for each; the last one is the whole, whose name is "".
@@ -135,10 +152,10 @@ class DryRun:
         hooks = [hook for name, module in self.model.named_modules()
                  for hook in _hooks(module, name, start, end)]
         try:
-            if method == "forward": self(x)
+            if method == "forward": self(x, watch=watch)
             else:
                 start("")
-                end("", (x,), self(x, method))
+                end("", (x,), self(x, method, watch))
         finally:
             for hook in hooks: hook.remove()
         return found

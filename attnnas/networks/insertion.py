@@ -116,10 +116,9 @@ def _maps(dry: DryRun, x) -> dict[str, list[Map]]:
         return Map(tuple(output.movedim(1 if axis is None else axis, 1).shape), axis)
 
     maps = {}
-    with axes:
-        axes.start(x)
-        for call in dry.calls(x, look=look):
-            if call.module and call.seen: maps.setdefault(call.module, []).append(call.seen)
+    axes.start(x)
+    for call in dry.calls(x, look=look, watch=axes):
+        if call.module and call.seen: maps.setdefault(call.module, []).append(call.seen)
     return maps
 
 # %% ../../nbs/networks/03_insertion.ipynb #52cd884d
