@@ -161,7 +161,7 @@ def row(model, accuracies, cell=None, data="composed-place-relation"):
         test = None if top1 is None else {"top1": top1, "top5": 100., "by": {}}
         records.append(RunRecord(
             key="", config=RunConfig(seed=seed).to_dict(), status="finished" if test else "diverged", reason=None, test=test,
-            history=[], parameters=1000, gflops=.1, seconds={"cpu": 1.}, peak_memory=1., device="cpu", threads=1, versions={},
+            history=[], parameters=1000, gflops=.1, seconds={"cpu": 1., "wall": 1.}, peak_memory=1., device="cpu", threads=1, versions={},
             data={"fingerprint": "0"}, source="0", cells={"cells": cell.to_dict()} if cell else {}, finished=""))
     return Row(data, "patchnet", model, tuple(records))
 

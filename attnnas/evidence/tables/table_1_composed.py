@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SPATIAL', 'TEMPORAL', 'WIDTH', 'SMALL', 'TWO_NON_LOCAL', 'BESIDE', 'PARALLEL', 'SPATIAL_FIRST', 'TEMPORAL_FIRST',
            'RANDOM', 'DERIVED', 'FROM_TASKS', 'SOLVED', 'READING', 'table_1_composed', 'chain', 'given', 'solved',
-           'cells_of', 'in_words', 'counted_row', 'SharesCompared', 'compare_shares', 'found_sentences',
-           'ComposedTable']
+           'in_words', 'counted_row', 'SharesCompared', 'compare_shares', 'found_sentences', 'ComposedTable']
 
 # %% ../../../nbs/evidence/tables/07_table_1_composed.ipynb #15dc8a23
 from collections import Counter
@@ -16,12 +15,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ...cells.spec import CellSpec, OperationSpec
-from .rows import Row
+from .rows import (Row, cells_of, cpu_seconds, hashes_of,
+                                          seconds_note)
 from .statistics import LEVEL, holm, number, share, shares_differ
 from .published import FROM
 from .table import (BACKBONE, MLP_HEAD, NON_LOCAL, Kind, Pair, Table,
                                            names_of)
-from .text import provenance, search_costs
+from .text import cells_lines, provenance, search_costs
 
 # %% ../../../nbs/evidence/tables/07_table_1_composed.ipynb #f82fb36e
 SPATIAL = OperationSpec("spatial", "dot-product", "softmax")
@@ -60,12 +60,6 @@ def solved(row: Row) -> tuple[int, int]:
     return sum(top1 >= SOLVED for top1 in right), len(row.records)
 
 
-def cells_of(row: Row) -> list:
-    "Return the cell of each run, in the order of the records; None where it has none."
-    found = [next(iter(record.cells.values()), None) for record in row.records]
-    return [cell and CellSpec.from_dict(cell) for cell in found]
-
-
 def in_words(cell: CellSpec) -> str:
     "Return a cell as a reader says it: its operations in order, where each reads the last one."
     names = [f"{operation.dimension} {operation.type}" for operation in cell.operations]
@@ -78,14 +72,13 @@ def counted_row(row: Row) -> dict:
     right, runs = solved(row)
     part = share(right, runs)
     top1 = list(row.values().values()) or [np.nan]
-    hashes = dict.fromkeys(cell.hash[:8] for cell in cells_of(row) if cell)
     return {"data": row.data, "model": row.model, "runs": runs, "solved": right,
             "share": part.estimate, "share_low": part.low, "share_high": part.high,
             "top1": np.mean(top1), "top1_min": np.min(top1), "top1_max": np.max(top1),
             "parameters": round(np.mean([record.parameters for record in row.records])),
             "multiply_adds": round(np.mean([record.gflops for record in row.records]) * 1e9 / 2),
-            "cpu_seconds": np.mean([record.seconds["cpu"] for record in row.records]),
-            "cells": " ".join(hashes)}
+            "cpu_seconds": cpu_seconds(row),
+            "cells": hashes_of(row)}
 
 
 def _shown(c) -> dict:
@@ -190,13 +183,14 @@ class ComposedTable(Table):
         compared = compare_shares(rows, self.pairs)
         outcome = [*map(str, compared), *found_sentences(rows)]
         costs = search_costs(rows, collected.searches)
-        lines = "\n".join(f"- {sentence}" for sentence in [*outcome, *costs])
+        lines = "\n".join(f"- {sentence}" for sentence in [*outcome, *costs, *cells_lines(rows)])
         data = dict.fromkeys(row.data for row in rows)
         made = [f"- {name}: {provenance([row for row in rows if row.data == name])}"
                 for name in data]
         text = "\n\n".join([f"## Table 1 ({tier.name} tier): {self.title}",
                             shown.to_markdown(index=False, disable_numparse=True),
-                            READING.format(solved=SOLVED), lines, "\n".join(made), ""])
+                            f"{READING.format(solved=SOLVED)} {seconds_note(frame.cpu_seconds)}",
+                            lines, "\n".join(made), ""])
         return frame, text, outcome
 
     def draw(self, rows):
