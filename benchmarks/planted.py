@@ -27,8 +27,9 @@ from attnnas.networks.registry import create_model
 from attnnas.core.seeds import seed_everything
 from attnnas.networks.insertion import insert
 from attnnas.search.differentiable import SearchConfig, differentiable
-from attnnas.search.planted import (PLANTED, TASKS, PatchNet, chance_level, planted_clips,
-                                    planted_ranks)
+from attnnas.data.planted import TASKS, planted_clips
+from attnnas.networks.patches import PatchNet
+from attnnas.search.planted import PLANTED, chance_level, planted_ranks
 from attnnas.cells.spec import CellSpec
 from attnnas.cells.supergraph import TALK, level_nodes
 from attnnas.training.evaluation import evaluate

@@ -12,8 +12,9 @@ from attnnas.data.clips import ClipSource
 from attnnas.cells.operations.registry import create_operation
 from attnnas.cells.supergraph import TALK
 from attnnas.search.differentiable import SearchConfig, differentiable
-from attnnas.search.planted import (BLANK, DARK, DECOY, FACE, LIGHT, PLANTED, TARGET, TASKS,
-                                    PatchNet, chance_level, planted_clips, planted_ranks)
+from attnnas.data.planted import (BLANK, DARK, DECOY, FACE, LIGHT, TARGET, TASKS, planted_clips)
+from attnnas.networks.patches import PatchNet
+from attnnas.search.planted import PLANTED, chance_level, planted_ranks
 from attnnas.training.loop import TrainingConfig
 
 every = pytest.mark.parametrize("task", TASKS)

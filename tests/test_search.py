@@ -486,8 +486,8 @@ def test_a_table_knows_its_noise_its_best_cell_and_every_description(tmp_path):
     space = SearchSpace(2, dimensions=["temporal", "spatiotemporal"])
     table = made_up_table(space, noise=2.0, seeds=(0, 1, 5))
     noise, spread = table.noise["validation"], np.std([worth(cell) for cell in table.cells])
-    assert abs(noise["sd"] - 2) < .1 and abs(noise["between"] - spread) < .1
-    assert noise["share"] == pytest.approx(noise["sd"]**2 / (noise["sd"]**2 + noise["between"]**2))
+    assert abs(noise.residual - 2) < .1 and abs(noise.rows - spread) < .1
+    assert noise.share == pytest.approx(noise.residual**2 / (noise.residual**2 + noise.rows**2))
     assert table.regret(table.optimum) == 0 and min(map(table.regret, table.cells)) == 0
     mean = lambda cell: np.mean([run["test"] for run in table.runs if run["hash"] == cell.hash])
     for cell in table.cells[::100]: assert table.regret(cell) == pytest.approx(mean(table.optimum) - mean(cell))
@@ -511,7 +511,7 @@ def test_a_run_that_diverged_counts_as_the_worst(tmp_path):
     runs = [run | (lost if (run["hash"], run["seed"]) == (best.hash, 1) else {}) for run in table.runs]
     damaged = TabularBenchmark(small, runs, {})
     lowest = min(run["test"] for run in table.runs)
-    assert damaged.means["test"][table.row(best)] == (worth(best) + lowest) / 2 and damaged.noise["test"]["sd"] == 0
+    assert damaged.means["test"][table.row(best)] == (worth(best) + lowest) / 2 and damaged.noise["test"].residual == 0
     assert damaged.objective()(best, 0)["score"] is None is not damaged.objective(0)(best, 0)["score"]
     result = random(small, damaged.objective(1), 24)
     assert [trial.cell.hash for trial in result.log.trials if trial.status == "diverged"] == [best.hash]

@@ -13,7 +13,7 @@ from .errors import AttnnasError, choose
 
 # %% ../../nbs/core/06_options.ipynb #d52f2230
 def option(default, help: str, choices: tuple = (), minimum=None, maximum=None,
-           when: dict | None = None):
+           when: dict | None = None, added: bool = False):
     """Declare a documented field of a frozen dataclass.
 
     default: the value where none is given; its type is the field's type.
@@ -23,9 +23,11 @@ def option(default, help: str, choices: tuple = (), minimum=None, maximum=None,
         that is not finite is never allowed.
     when: {name of another field: the values of it under which this field matters}; None: it always
         matters.
+    added: the field came after configurations were written: it is left out of them where it has its
+        default, so that a configuration that does not use it keeps its hash.
     """
     metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum,
-                "when": when or {}}
+                "when": when or {}, "added": added}
     return dataclasses.field(default=default, metadata=metadata)
 
 # %% ../../nbs/core/06_options.ipynb #d2d32a31
@@ -88,6 +90,8 @@ def _has_type(value, default) -> bool:
 def matters(config, name: str) -> bool:
     "Tell whether the field `name` of `config` can matter beside its other fields."
     field = next(field for field in dataclasses.fields(config) if field.name == name)
+    is_unused = field.metadata.get("added") and getattr(config, name) == field.default
+    if is_unused: return False
     conditions = field.metadata.get("when", {}).items()
     return all(getattr(config, other) in values for other, values in conditions)
 

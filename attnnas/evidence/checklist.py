@@ -8,9 +8,9 @@ __all__ = ['ITEMS', 'Facts', 'checklist']
 # %% ../../nbs/evidence/09_checklist.ipynb #7bfff991
 from typing import NamedTuple
 
-import numpy as np
-
 from ..core.errors import AttnnasError
+from .run import training_cost
+from .tables.rows import own_seconds
 
 # %% ../../nbs/evidence/09_checklist.ipynb #9e81209b
 class Facts(NamedTuple):
@@ -49,10 +49,13 @@ def _settings(values: dict) -> str:
     return "(" + " ".join(f"{name}={value}" for name, value in sorted(values.items())) + ")"
 
 
-def _hours(records) -> str: return f"{np.sum([r.seconds['cpu'] for r in records]) / 3600:.2f}"
+def _tera(records) -> float: return sum(map(training_cost, records)) / 1e12
 
 
-def _mean_seconds(records) -> str: return f"{np.mean([r.seconds['cpu'] for r in records]):.0f}"
+def _hours(records) -> str:
+    "The CPU-hours of the records, where each had its processor to itself; else nothing."
+    seconds = [own_seconds(record) for record in records]
+    return "" if None in seconds else f" ({sum(seconds) / 3600:.2f} CPU-hours)"
 
 # %% ../../nbs/evidence/09_checklist.ipynb #f4ad9774
 def _code_of_training(f: Facts) -> str:
@@ -115,14 +118,16 @@ def _over_time(f: Facts) -> str:
 # %% ../../nbs/evidence/09_checklist.ipynb #51e42477
 def _search_cost(f: Facts) -> str:
     if not f.searches or not f.trained: return ""
-    return (f"{_hours(f.searches)} CPU-hours for {len(f.searches)} searches, "
-            f"{_mean_seconds(f.searches)} s each, against {_mean_seconds(f.trained)} s a training")
+    total = _tera(f.searches)
+    times = total / len(f.searches) / (_tera(f.trained) / len(f.trained))
+    return (f"{total:.1f} x 10^12 multiply-adds for {len(f.searches)} searches"
+            f"{_hours(f.searches)}, {times:.1f} times a training each")
 
 
 def _total_cost(f: Facts) -> str:
     if not f.everything: return ""
-    return (f"{_hours(f.everything)} CPU-hours for searches, found cells and random cells "
-            "together")
+    return (f"{_tera(f.everything):.1f} x 10^12 multiply-adds for searches, found cells and random "
+            f"cells together{_hours(f.everything)}")
 
 
 def _confounding(f: Facts) -> str:

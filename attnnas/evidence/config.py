@@ -205,8 +205,9 @@ def _settings_of(kind: str, source, search, fields: dict) -> dict:
     if kind == RandomCell.kind:
         drawn = {name: getattr(search, name) for name in ("levels", "width", "activations")}
         return drawn | derivation
+    own = {name: fields[name] for name in ("blocks",) if name in fields}
     return {Search.kind: {"search": search}, GivenCell.kind: {"cell": fields.get("cell")},
-            DerivedCell.kind: {"search": source} | derivation}.get(kind, {})
+            NonLocal.kind: own, DerivedCell.kind: {"search": source} | derivation}.get(kind, {})
 
 # %% ../../nbs/evidence/03_config.ipynb #faa7b4c5
 def _own(cls, values: dict, other):

@@ -75,12 +75,18 @@ SITES = "names of the modules after which it is inserted; default: the backbone'
 # %% ../../nbs/evidence/02_insertions.ipynb #c6e2b25d
 @dataclass(frozen=True)
 class NonLocal(Insertion):
-    "A non-local block at every site."
+    "Non-local blocks at every site."
     kind: ClassVar[str] = "non-local"
     sites: tuple = option((), SITES)
+    blocks: int = option(1, "non-local blocks at a site, one after another", minimum=1, maximum=64,
+                         added=True)
 
     def build(self, model: nn.Module, cells: dict) -> nn.Module:
-        return insert(model, NonLocalBlock, self.places(model))
+        def several(channels: int) -> nn.Module:
+            blocks = [NonLocalBlock(channels) for _ in range(self.blocks)]
+            return blocks[0] if self.blocks == 1 else nn.Sequential(*blocks)
+
+        return insert(model, several, self.places(model))
 
 # %% ../../nbs/evidence/02_insertions.ipynb #9be52029
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from functools import lru_cache
 from ..core.hashes import content_hash
 from ..core.options import check, from_fields, option, to_plain
 from ..core.system import core_count
-from ..data import pictures, synthetic
+from ..data import composed, pictures, synthetic
 from ..data.cutting import ClipConfig
 from ..data.flow import flow_clips
 from ..data.video import VideoClips
@@ -29,8 +29,8 @@ SPLITS = ("train", "validation", "test")
 @dataclass(frozen=True)
 class Source:
     "What a clip shows, and how large it is."
-    name: str = option("A", "a generated set (A, B, pictures), a folder of videos "
-                       "(split/class/clip.mp4), or a manifest (.csv)")
+    name: str = option("A", "a generated set (A, B, pictures, composed-place, ...), a folder of "
+                       "videos (split/class/clip.mp4), or a manifest (.csv)")
     modality: str = option("rgb", "what a clip shows: colours, optical flow estimated from them, "
                            "or both", choices=tuple(CHANNELS))
     frames: int = option(16, "frames T of a clip; pictures have one", minimum=1, maximum=10**5)
@@ -59,6 +59,7 @@ class Source:
 
 # %% ../../nbs/evidence/01_sources.ipynb #f475df21
 GENERATORS = {"A": synthetic, "B": synthetic, "A-easy": synthetic, "pictures": pictures}
+GENERATORS |= dict.fromkeys(composed.NAMES, composed)
 
 
 @dataclass(frozen=True)

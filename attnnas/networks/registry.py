@@ -20,6 +20,7 @@ MODULES = {
                         "trn_multiscale", "trn_two_stream", "stnet", "stnet_irv2", "cnn_lstm"),
     "networks.zoo": ("c3d", "mvit_b", "d3d"),
     "networks.assemblenet": ("assemblenet_50",),
+    "networks.patches": ("patchnet",),
     "visual.video": ("mobilenetv2_frames", "mobilenetv2_two_stream"),
 }
 MODELS = {name: f"attnnas.{module}:{name}" for module, names in MODULES.items() for name in names}

@@ -33,7 +33,7 @@ from ..core.hashes import canonical_json, content_hash, source_hash
 from ..core.options import check, check_counts, differences, option
 from ..core.seeds import stream_seed
 from ..core.system import lock_file
-from ..cells.space import SearchSpace
+from ..cells.space import FIXED, SearchSpace
 from ..training.loop import Interrupted
 from .base import (
     EVERY_SITE, SCHEMA_VERSION, Past, SearchResult, Trial, TrialLog, try_cell)
@@ -403,12 +403,16 @@ class BlackBoxConfig:
     operations: int = option(4, "operations of a cell that a black-box search tries", minimum=1,
                              maximum=100)
     width: int = option(64, "channels d inside the cells", minimum=1, maximum=2**16)
+    activations: str = option("any", "a black-box search chooses any activation, or each type's "
+                              "default", choices=("any", "fixed"), added=True)
 
     def __post_init__(self): check(self)
 
     @property
     def space(self) -> SearchSpace:
         "The space that is searched."
+        if self.activations == "fixed":
+            return SearchSpace(self.operations, self.width, activations=(FIXED,))
         return SearchSpace(self.operations, self.width)
 
     @property

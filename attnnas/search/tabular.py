@@ -22,6 +22,7 @@ from ..core.errors import AttnnasError
 from ..core.files import write_atomic
 from ..core.hashes import canonical_json, content_hash
 from ..core.options import from_fields
+from ..core.variance import TwoWay, two_way
 from ..cells.space import SearchSpace
 from ..cells.spec import CellSpec
 
@@ -126,14 +127,13 @@ class TabularBenchmark:
         return float(means.max() - means[self.row(cell)])
 
     @property
-    def noise(self) -> dict:
-        """How much runs of one cell differ, beside how much cells do, for each split.
+    def noise(self) -> dict[str, TwoWay]:
+        """How much runs differ by chance, beside how much cells (rows) and seeds (columns) do.
 
-        `sd` is the standard deviation of runs of one cell, `between` that of the cells' own scores,
-        `share` the share of sd^2 in the variance of single runs. Runs that diverged are left out.
-        Source: one-way analysis of variance.
+        {split: TwoWay}; runs that diverged are left out.
+        Raises: AttnnasError where there are not two cells with two seeds.
         """
-        return {split: _noise(self.columns[split]) for split in ("validation", "test")}
+        return {split: two_way(self.columns[split]) for split in ("validation", "test")}
 
     def objective(self, seed: int | None = None) -> "TabularObjective":
         """Make an objective that looks up runs.
@@ -204,20 +204,6 @@ def _check_run(run, known: dict):
 
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _noise(scores: np.ndarray) -> dict:
-    counts = (~np.isnan(scores)).sum(1)
-    scores = scores[counts > 0]
-    counts = counts[counts > 0]
-    if (counts - 1).sum() == 0:
-        raise AttnnasError("The noise takes two finished runs of a cell: "
-                           "train the cells with more seeds.")
-    means = np.nanmean(scores, 1)
-    noise = np.nansum((scores - means[:, None]) ** 2) / (counts - 1).sum()
-    between = max(0.0, means.var(ddof=1) - noise * (1 / counts).mean())
-    return {"sd": float(noise ** .5), "between": float(between ** .5),
-            "share": float(noise / (noise + between))}
 
 # %% ../../nbs/search/08_tabular.ipynb #33fa9b44
 @dataclass(frozen=True)

@@ -11,15 +11,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from ...core.errors import choose
 from ..config import RunConfig, Tier
 from ..store import Store
 from .published import FROM, Published, published
 from .rows import (bases, collect, differences, flat,
                                           summarise)
-from .statistics import counted, interval, verdict
+from .statistics import Finding, counted, family_note, verdicts
 from .text import ceiling_note, limits_of, table_text, write_table
 from ...figures.curves import dots
 
@@ -35,12 +33,14 @@ class Kind:
         table may have options of it, under `methods`.
     moved: where the cell was searched: "" in the same place, in another "backbone", or on other
         "data". A kind that moves gives a row for each other place.
+    fields: (name, value) of further fields of the insertion, such as ("blocks", 2).
     """
     name: str
     insertion: str = "none"
     head: str = "linear"
     moved: str = ""
     method: str = "differentiable"
+    fields: tuple = ()
 
 # %% ../../../nbs/evidence/tables/05_table.ipynb #3214457e
 BACKBONE = Kind("backbone")
@@ -94,25 +94,26 @@ def row_runs(tier: Tier, place: dict, kind: Kind, searched: dict, sizes: dict,
     sizes: the tier's section of the table.
     """
     options = sizes.get("options", {})
+    methods = sizes.get("methods", {})
+    search = sizes.get("search", {}) | methods.get(kind.method, {}) | {"method": kind.method}
 
     def make(place, **what):
-        return tier.run(**place, options=options.get(place["backbone"]), **what)
+        return tier.run(**place, options=options.get(place["backbone"]), search=search, **what)
 
     runs = []
     for i, seed in enumerate(sizes["seeds"]):
         source = None
         if kind.insertion == "derived":
             search_seeds = choose("search_seeds", sizes, "size of a table with searched cells")
-            search = sizes.get("methods", {}).get(kind.method, {}) | {"method": kind.method}
-            source = make(searched, insertion="search", seed=search_seeds[i % len(search_seeds)],
-                          search=search)
-        runs.append(make(place, insertion=kind.insertion, head=kind.head, seed=seed, source=source))
+            source = make(searched, insertion="search", seed=search_seeds[i % len(search_seeds)])
+        runs.append(make(place, insertion=kind.insertion, head=kind.head, seed=seed, source=source,
+                         **dict(kind.fields)))
     if modality == "rgb": return runs
     return [changed(run, data={"modality": modality}) for run in runs]
 
 # %% ../../../nbs/evidence/tables/05_table.ipynb #64fbbcd6
 SIZES = ("data", "backbones", "seeds", "search_seeds", "searched_in", "leave_out", "options",
-         "methods")
+         "search", "methods")
 
 
 class Made(NamedTuple):
@@ -235,20 +236,26 @@ class Table:
 
 # %% ../../../nbs/evidence/tables/05_table.ipynb #0b695b33
 def sentences(rows, pairs) -> list:
-    "Say of each pair, in every place that has both rows, whether it came out so."
+    """Say of each pair, in every place that has both rows, whether it came out so; then how many
+    verdicts that were.
+    """
     by_name = {(row.data, row.backbone, row.model): row for row in rows}
-    found = []
+    compared = {}
     for place in bases(rows):
         for better, worse in names_of(pairs, rows):
             ours = by_name.get((*place, better))
             theirs = by_name.get((*place, worse))
             delta = differences(ours, theirs) if ours and theirs else []
-            if not delta: continue
-            low, high = interval(delta)
-            spread = f", 95 % interval {low:+.1f} to {high:+.1f}" if low is not None else ""
-            found.append(f"{', '.join(place)}: {better} above {worse}: **{verdict(delta)}** "
-                         f"({np.mean(delta):+.1f} points{spread}, {counted(len(delta), 'seed')}).")
-    return found
+            if delta: compared[f"{', '.join(place)}: {better} above {worse}"] = delta
+    findings = verdicts(compared.values())
+    said = [_sentence(what, finding) for what, finding in zip(compared, findings)]
+    return [*said, family_note(findings)] if said else []
+
+
+def _sentence(what: str, finding: Finding) -> str:
+    spread = f", 95 % interval {finding.spread}" if finding.spread else ""
+    return (f"{what}: **{finding.verdict}** ({finding.mean:+.1f} points{spread}, "
+            f"{counted(finding.count, 'seed')}).")
 
 # %% ../../../nbs/evidence/tables/05_table.ipynb #79c1a2c7
 def names_of(pairs, rows) -> list:

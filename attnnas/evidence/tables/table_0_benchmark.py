@@ -26,9 +26,10 @@ def readers(data: str) -> dict:
 
 def enough(cells) -> str:
     "Say whether the backbone sees single events well."
-    reached = cells.single is not None and cells.single >= ENOUGH
+    is_enough = cells.single is not None and cells.single >= ENOUGH
+    reached = "reached" if is_enough else "not reached"
     return (f"{cells.data}, {cells.backbone}: single classes at {number(cells.single)} %, 90 % "
-            f"asked: **{'held' if reached else 'not held'}** ({counted(cells.seeds, 'seed')}).")
+            f"asked: **{reached}** ({counted(cells.seeds, 'seed')}).")
 
 # %% ../../../nbs/evidence/tables/06_table_0_benchmark.ipynb #7269ef13
 @dataclass(frozen=True)

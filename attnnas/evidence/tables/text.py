@@ -13,7 +13,8 @@ from pathlib import Path
 from ...core.files import write_atomic
 from ...data.ceilings import ceilings
 from ...data.synthetic import BENCHMARKS, benchmark
-from .rows import bases, cpu_seconds, modality_of, place_of
+from .rows import (bases, in_trainings, modality_of, own_seconds, place_of,
+                                          seconds_note)
 from .statistics import counted, number, plus_minus
 
 # %% ../../../nbs/evidence/tables/04_text.ipynb #62c94e31
@@ -53,16 +54,19 @@ def search_costs(rows, searches) -> list:
     """Say of each search how many trainings of its plain backbone it cost, where the table has that
     row.
     """
-    plain = {place: cpu_seconds(row) for place, row in bases(rows).items()}
+    plain = bases(rows)
     sentences = []
     for record in searches:
         place = place_of(record)
         sees_the_same = modality_of(record) == modality_of(rows[0].records[0])
         if place not in plain or not sees_the_same: continue
-        cost = record.seconds["cpu"]
-        times = cost / plain[place]
-        sentences.append(f"Search {record.run.seed} on {place[0]}, {place[1]}: {cost:.0f} "
-                         f"CPU-seconds, {times:.1f} times a training of the backbone.")
+        cost = in_trainings(record, plain[place])
+        if cost is None: continue
+        seconds = (f", {cost.seconds:.1f} times in CPU seconds ({own_seconds(record):.0f})"
+                   if cost.seconds else "")
+        sentences.append(f"Search {record.run.seed} on {place[0]}, {place[1]}: "
+                         f"{cost.multiply_adds:.1f} times a training of the backbone in "
+                         f"multiply-adds{seconds}.")
     return sentences
 
 # %% ../../../nbs/evidence/tables/04_text.ipynb #43dabfb6
@@ -133,7 +137,8 @@ def table_text(title: str, frame, collected, outcome, note: str = "") -> str:
     groups = {}
     for row in rows: groups.setdefault(row.data, []).append(row)
     made = [f"- {data}: {provenance(group)}" for data, group in groups.items()]
-    reading = READING.format(note=note) + (TALK if "published" in frame else "")
+    notes = f"{note} {seconds_note(frame.cpu_seconds)}".strip()
+    reading = READING.format(note=notes) + (TALK if "published" in frame else "")
     return "\n".join([f"## {title}", "", markdown_table(frame), "", reading, "",
                       *(f"- {line}" for line in lines), "", *made, ""])
 

@@ -13,6 +13,7 @@ import torch
 from ...data.clips import to_float
 from ..run import load_model
 from ..store import Store
+from .rows import cpu_seconds, seconds_note
 from .statistics import mean_sd, number, plus_minus
 from ...explain.overlay import overlay, shaded, to_heat, weight_range
 from ...training.evaluation import score
@@ -33,9 +34,8 @@ def _fused(row) -> dict:
         values = list(row.values(name).values())
         cells[name], cells[f"{name}_sd"] = mean_sd(values) if values else (None, None)
     first = row.records[0]
-    seconds = [record.seconds["cpu"] for record in row.records]
     return cells | {"parameters": first.parameters, "gflops": first.gflops,
-                    "cpu_seconds": float(np.mean(seconds))}
+                    "cpu_seconds": cpu_seconds(row)}
 
 # %% ../../../nbs/evidence/tables/12_two_streams.ipynb #e68696c7
 def fused_table(frame) -> str:
@@ -47,7 +47,8 @@ def fused_table(frame) -> str:
         "parameters": [f"{count:,}" for count in frame.parameters],
         "GFLOPs": [number(value, 4) for value in frame.gflops],
         "CPU-s": [number(value, 0) for value in frame.cpu_seconds]}
-    return pd.DataFrame(shown).to_markdown(index=False)
+    table = pd.DataFrame(shown).to_markdown(index=False)
+    return f"{table}\n\n{seconds_note(frame.cpu_seconds)}".rstrip()
 
 # %% ../../../nbs/evidence/tables/12_two_streams.ipynb #912f70e4
 STREAM_NAMES = ("RGB", "flow", "fused")

@@ -22,6 +22,7 @@ from ..config import Tier
 from ..run import load_model
 from ..store import RunRecord, Store
 from .figures import visual_attention_plan
+from .rows import cpu_seconds, seconds_note
 from .statistics import mean_sd, number, plus_minus
 from .table import settings
 from ...explain.gradcam import gradcam
@@ -62,9 +63,8 @@ def _answers(row) -> dict:
         values = [record.test[name] for record in good]
         line[name], line[f"{name}_sd"] = mean_sd(values) if good else (None, None)
     first = row.records[0]
-    seconds = [record.seconds["cpu"] for record in row.records]
     return line | {"parameters": first.parameters, "mega_multiply_adds": first.gflops * 500,
-                   "cpu_seconds": float(np.mean(seconds))}
+                   "cpu_seconds": cpu_seconds(row)}
 
 # %% ../../../nbs/evidence/tables/14_visual_attention.ipynb #1baec673
 def answers_table(frame) -> str:
@@ -79,7 +79,8 @@ def answers_table(frame) -> str:
         "million multiply-adds": [number(count) for count in frame.mega_multiply_adds],
         "CPU-s": [number(seconds, 0) for seconds in frame.cpu_seconds]})
     if frame.diverged.any(): shown["note"] = [_note(line) for line in lines]
-    return shown.to_markdown(index=False)
+    table = shown.to_markdown(index=False)
+    return f"{table}\n\n{seconds_note(frame.cpu_seconds)}".rstrip()
 
 
 def _note(line) -> str:

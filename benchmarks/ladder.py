@@ -1,0 +1,74 @@
+"""Which compositions of two operations solve a composed task? Every operation alone, every chain of two, every two side by side.
+
+PatchNet with one cell, trained as table 1 on composed tasks trains it (attnnas/evidence/tiers/quick.toml), once a seed. The clips
+and seeds are others than the table's: clips of seed 1, networks of seeds 100 and on. Writes results/bench/ladder.csv; rows that
+the file has are kept, not made again: delete it to measure anew.
+
+    python benchmarks/ladder.py                                        # one task, one seed: a quarter of an hour of one core
+    python benchmarks/ladder.py --tasks place-relation moment-relation cue-relation --seeds 3
+"""
+import argparse
+import itertools
+from pathlib import Path
+
+import torch
+
+from attnnas.cells.spec import CellSpec
+from attnnas.cells.supergraph import TALK, level_nodes
+from attnnas.core.seeds import seed_everything
+from attnnas.data.composed import RUNGS, ComposedConfig, make_clips
+from attnnas.evidence.config import load_tier
+from attnnas.networks.insertion import insert
+from attnnas.networks.patches import PatchNet
+from attnnas.training.evaluation import evaluate
+from attnnas.training.loop import Trainer
+
+WIDTH, CLIPS_SEED, FIRST_SEED = 16, 1, 100
+NODES = dict(zip(TALK, level_nodes(TALK, "fixed")))
+
+
+def compositions() -> dict:
+    "{name: its cell}: one operation, one after another, and two side by side."
+    alone = {name: CellSpec((node,), ((0,),), (1,), WIDTH) for name, node in NODES.items()}
+    chains = {f"{first} > {second}": CellSpec((NODES[first], NODES[second]), ((0,), (1,)), (2,), WIDTH)
+              for first, second in itertools.product(NODES, repeat=2)}
+    beside = {f"{one} + {other}": CellSpec((NODES[one], NODES[other]), ((0,), (0,)), (1, 2), WIDTH)
+              for one, other in itertools.combinations_with_replacement(NODES, 2)}
+    return alone | chains | beside
+
+
+def measure(run, task: str, name: str, cell: CellSpec, seed: int) -> dict:
+    "Train one network, and test it."
+    counts = run.data.counts
+    clips = {split: make_clips(ComposedConfig(f"composed-{task}", run.data.size), split, counts[split], CLIPS_SEED)
+             for split in ("train", "test")}
+    seed_everything(seed)
+    net = insert(PatchNet(len(clips["train"].classes)), cell)
+    trainer = Trainer(net, clips["train"], run.training, seed=seed)
+    trainer.fit()
+    return dict(task=task, composition=name, seed=seed, accuracy=evaluate(net, clips["test"])["top1"],
+                cpu_seconds=trainer.seconds["cpu"])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=["place-relation"], choices=[t for t in RUNGS if RUNGS[t].depth > 1])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path("results/bench/ladder.csv"))
+    a = parser.parse_args()
+    import pandas as pd
+    torch.set_num_threads(1)
+    tier = load_tier("quick")
+    rows = pd.read_csv(a.output).to_dict("records") if a.output.exists() else []
+    made = {(row["task"], row["composition"], row["seed"]) for row in rows}
+    for seed, task, (name, cell) in itertools.product(range(FIRST_SEED, FIRST_SEED + a.seeds), a.tasks, compositions().items()):
+        if (task, name, seed) in made: continue
+        run = tier.run(f"composed-{task}", "patchnet", "none", seed)
+        rows.append(measure(run, task, name, cell, seed))
+        pd.DataFrame(rows).to_csv(a.output, index=False, float_format="%.4g")
+        print(*rows[-1].values(), flush=True)
+    table = pd.DataFrame(rows).pivot_table("accuracy", "composition", "task", aggfunc="median")
+    print(table.round(0).sort_values(list(table), ascending=False).to_string())
+
+
+if __name__ == "__main__": main()
