@@ -3,6 +3,7 @@
 A new Python imports torch for 4 CPU-seconds, and what an optimizer imports later for 3 more. All processes here, the workers
 that the package starts in them included, come from one server a pytest process.
 """
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -29,10 +30,11 @@ class Forked:
     "A process in a group of its own that does `work`, with the methods of Popen. It writes to `output`."
 
     def __init__(self, work, *arguments, output=os.devnull, **environment):
-        self.process = FORKS.Process(target=_be, args=(work, arguments, output, environment))
+        self.process = FORKS.Process(target=_be, args=(work, arguments, output, dict(os.environ) | environment))
         self.process.start()
         self.pid = self.process.pid
-        while self.poll() is None and os.getpgid(self.pid) != self.pid: time.sleep(.01)
+        with suppress(ProcessLookupError):
+            while self.poll() is None and os.getpgid(self.pid) != self.pid: time.sleep(.01)
 
     stdin = stdout = stderr = None
 
@@ -56,13 +58,15 @@ def _be(work, arguments, output, environment):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what runs in the background
     with open(output, "a") as file:
         for stream in (1, 2): os.dup2(file.fileno(), stream)
-    os.environ |= {"OMP_NUM_THREADS": "1"} | environment
+    os.environ.clear()
+    os.environ |= environment
     adopt()
     work(*arguments)
 
 
 def adopt():
     "In a forked process: have what this one starts forked from the same server, workers in the group of this process."
+    gc.freeze()  # what was imported is neither looked through nor copied when garbage is collected
     multiprocessing.forkserver._forkserver.ensure_running = lambda: None  # the server is that of the parent
     executor._start_worker = partial(_start_worker, os.getpgrp())
     fork_kernels()
