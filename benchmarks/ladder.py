@@ -52,7 +52,7 @@ def measure(task: str, name: str, cell: CellSpec, seed: int) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=["place-moment-relation"], choices=[t for t in RUNGS if RUNGS[t].depth > 1])
+    parser.add_argument("--tasks", nargs="+", default=["place-moment-relation"], choices=[t for t in RUNGS if RUNGS[t].steps > 1])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("results/bench/ladder.csv"))
     a = parser.parse_args()

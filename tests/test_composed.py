@@ -23,7 +23,7 @@ from attnnas.networks.non_local import NonLocalBlock
 from attnnas.networks.registry import create_model
 from attnnas.search.methods import search_config
 
-DEEPER = [task for task, rung in RUNGS.items() if rung.depth > 1]
+DEEPER = [task for task, rung in RUNGS.items() if rung.steps > 1]
 every = pytest.mark.parametrize("task", DEEPER)
 
 

@@ -153,7 +153,7 @@ def composed_lines(rows) -> list:
 
 # %% ../../nbs/evidence/07_claims.ipynb #22ce439f
 COMPOSED = (
-    "\n### Where only one attention after another tells the class\n\n{lines}\n\n"
+    "\n### Where the dimension of attention decides\n\n{lines}\n\n"
     "Fisher's exact test, two-sided; p-values are corrected for all pairs of table 1 on composed "
     "tasks together (Holm).\n")
 TEXT = (
