@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPATIAL', 'TEMPORAL', 'WIDTH', 'SMALL', 'TWO_NON_LOCAL', 'SPATIAL_ALONE', 'TEMPORAL_ALONE', 'BESIDE', 'PARALLEL',
-           'SPATIAL_FIRST', 'TEMPORAL_FIRST', 'RANDOM', 'DERIVED', 'FROM_TASKS', 'SOLVED', 'READING',
-           'table_1_composed', 'chain', 'given', 'solved', 'in_words', 'counted_row', 'SharesCompared',
-           'compare_shares', 'found_sentences', 'ComposedTable']
+           'RANDOM', 'DERIVED', 'FROM_TASKS', 'SOLVED', 'READING', 'table_1_composed', 'chain', 'given', 'solved',
+           'in_words', 'counted_row', 'SharesCompared', 'compare_shares', 'found_sentences', 'cost_sentences',
+           'ComposedTable']
 
 # %% ../../../nbs/evidence/tables/07_table_1_composed.ipynb #15dc8a23
 from collections import Counter
@@ -16,13 +16,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ...cells.spec import CellSpec, OperationSpec
-from .rows import (Row, cells_of, cpu_seconds, hashes_of,
+from .rows import (Row, cells_of, cpu_seconds, hashes_of, in_trainings,
                                           seconds_note)
 from .statistics import LEVEL, holm, number, share, shares_differ
 from .published import FROM
 from .table import (BACKBONE, MLP_HEAD, NON_LOCAL, Kind, Pair, Table,
                                            names_of)
-from .text import cells_lines, provenance, search_costs
+from .text import cells_lines, provenance
 
 # %% ../../../nbs/evidence/tables/07_table_1_composed.ipynb #f82fb36e
 SPATIAL = OperationSpec("spatial", "dot-product", "softmax")
@@ -47,8 +47,6 @@ SPATIAL_ALONE = given("spatial alone", chain(SPATIAL))
 TEMPORAL_ALONE = given("temporal alone", chain(TEMPORAL))
 BESIDE = CellSpec((SPATIAL, TEMPORAL), ((0,), (0,)), None, WIDTH)
 PARALLEL = given("spatial beside temporal", BESIDE)
-SPATIAL_FIRST = given("spatial, then temporal", chain(SPATIAL, TEMPORAL))
-TEMPORAL_FIRST = given("temporal, then spatial", chain(TEMPORAL, SPATIAL))
 RANDOM = Kind("random cell", "random", fields=SMALL)
 DERIVED = Kind("derived cell", "derived", fields=SMALL)
 FROM_TASKS = Kind(FROM, "derived", moved="data", fields=SMALL)
@@ -163,6 +161,20 @@ def found_sentences(rows) -> list:
         sentences.append(f"{row.data}: {len(names)} searches found {'; '.join(told)}.")
     return sentences
 
+# %% ../../../nbs/evidence/tables/07_table_1_composed.ipynb #d3a9f443
+def cost_sentences(rows, searches) -> list:
+    "Say what a search on each data set costs, in trainings of the backbone and of the cell found."
+    sentences = []
+    for data in dict.fromkeys(row.data for row in rows):
+        here = [record for record in searches if record.run.data.name == data]
+        costs = {row.model: np.mean([in_trainings(record, row).multiply_adds for record in here])
+                 for row in rows if row.data == data and here}
+        if not {BACKBONE.name, DERIVED.name} <= costs.keys(): continue
+        sentences.append(f"{data}: a search costs {costs[DERIVED.name]:.1f} trainings of the cell "
+                         f"that it finds, {costs[BACKBONE.name]:.1f} of the plain backbone, in "
+                         "multiply-adds.")
+    return sentences
+
 # %% ../../../nbs/evidence/tables/07_table_1_composed.ipynb #91b62ca1
 READING = (
     "Solved: right on {solved:.0f} % of the test clips or more; a run that diverged is not. Shares "
@@ -170,7 +182,7 @@ READING = (
     "highest) over runs. MMACs are millions of multiply-adds of one clip. Cells have two\n"
     "operations at most. Each run of a row with random or derived cells has a cell of its own: "
     "another draw, another search.\nVerdicts: Fisher's exact test, two-sided, corrected for their "
-    "number (Holm).")
+    "number (Holm).{seconds}")
 
 
 @dataclass(frozen=True)
@@ -185,14 +197,15 @@ class ComposedTable(Table):
         shown = pd.DataFrame([_shown(cells) for cells in frame.itertuples()])
         compared = compare_shares(rows, self.pairs)
         outcome = [*map(str, compared), *found_sentences(rows)]
-        costs = search_costs(rows, collected.searches)
+        costs = cost_sentences(rows, collected.searches)
         lines = "\n".join(f"- {sentence}" for sentence in [*outcome, *costs, *cells_lines(rows)])
         data = dict.fromkeys(row.data for row in rows)
         made = [f"- {name}: {provenance([row for row in rows if row.data == name])}"
                 for name in data]
+        seconds = f"\n{seconds_note(frame.cpu_seconds)}".rstrip()
         text = "\n\n".join([f"## Table 1 ({tier.name} tier): {self.title}",
                             shown.to_markdown(index=False, disable_numparse=True),
-                            f"{READING.format(solved=SOLVED)} {seconds_note(frame.cpu_seconds)}",
+                            READING.format(solved=SOLVED, seconds=seconds),
                             lines, "\n".join(made), ""])
         return frame, text, outcome
 
@@ -228,7 +241,7 @@ def _dots(ax, y: int, row: Row):
 table_1_composed = ComposedTable(
     "table_1_composed", "where the dimension of attention decides",
     rows=(BACKBONE, MLP_HEAD, NON_LOCAL, TWO_NON_LOCAL, SPATIAL_ALONE, TEMPORAL_ALONE, PARALLEL,
-          SPATIAL_FIRST, TEMPORAL_FIRST, RANDOM, DERIVED, FROM_TASKS),
+          RANDOM, DERIVED, FROM_TASKS),
     pairs=(Pair("derived cell", "backbone", "a searched cell is better than nothing"),
            Pair("derived cell", "non-local", "a searched cell is better than non-local blocks",
                 main=True),
