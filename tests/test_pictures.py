@@ -8,7 +8,7 @@ import torch
 from attnnas.networks.registry import create_model
 from attnnas.core.errors import AttnnasError
 from attnnas.core.seeds import seed_everything
-from attnnas.data import pictures, synthetic
+from attnnas.data import composed, pictures, synthetic
 from attnnas.data.clips import Clips, to_float
 from attnnas.evidence.config import NetworkConfig, RunConfig
 from attnnas.evidence.insertions import NonLocal
@@ -64,7 +64,8 @@ def test_bad_settings_are_named(wrong, message):
 # Data by name
 
 def test_every_generated_set_is_made_by_its_module():
-    assert GENERATORS == dict.fromkeys(synthetic.BENCHMARKS, synthetic) | {"pictures": pictures}
+    embedded = dict.fromkeys(synthetic.BENCHMARKS, synthetic) | {"pictures": pictures}
+    assert GENERATORS == embedded | dict.fromkeys(composed.NAMES, composed)
 
 
 TINY = Generated(frames=8, size=24, train_clips=6, validation_clips=4, test_clips=4)

@@ -88,12 +88,12 @@ def compared(table: Table, pair: Pair, rows, reference) -> list:
             delta = differences(ours, theirs) if theirs else []
             if not delta: continue
             name = f" {ours.model}," if pair.better == FROM else ""
-            notes = dict.fromkeys(note_of(row) for row in (ours, theirs))
+            notes = [note for row in (ours, theirs) for note in note_of(row).split("; ")]
             cells = [table.published.cells(reference, row) for row in (ours, theirs)]
             known = [cell["published_top1"] for cell in cells]
             printed = None if None in known else known[0] - known[1]
             found.append(Compared(f"{place[0]}, {place[1]},{name}", delta,
-                                  "; ".join(filter(None, notes)), printed))
+                                  "; ".join(filter(None, dict.fromkeys(notes))), printed))
     return found
 
 # %% ../../nbs/evidence/07_claims.ipynb #65e4e33c
