@@ -21,6 +21,7 @@ from attnnas.networks.insertion import insert
 from attnnas.networks.patches import PatchNet
 from attnnas.training.evaluation import evaluate
 from attnnas.training.loop import Trainer, TrainingConfig
+from planted import measure
 
 WIDTH, CLIPS_SEED, FIRST_SEED = 16, 1, 100
 COUNTS = {"train": 4096, "test": 1024}
@@ -38,12 +39,15 @@ def compositions() -> dict:
     return alone | chains | beside
 
 
-def measure(task: str, name: str, cell: CellSpec, seed: int) -> dict:
+CELLS = compositions()
+
+
+def train(task: str, name: str, seed: int) -> dict:
     "Train one network, and test it."
     config = ComposedConfig(f"composed-{task}")
     clips = {split: make_clips(config, split, count, CLIPS_SEED) for split, count in COUNTS.items()}
     seed_everything(seed)
-    net = insert(PatchNet(len(clips["train"].classes)), cell)
+    net = insert(PatchNet(len(clips["train"].classes)), CELLS[name])
     trainer = Trainer(net, clips["train"], TRAINING, seed=seed)
     trainer.fit()
     return dict(task=task, composition=name, seed=seed, accuracy=evaluate(net, clips["test"])["top1"],
@@ -58,13 +62,9 @@ def main():
     a = parser.parse_args()
     import pandas as pd
     torch.set_num_threads(1)
-    rows = pd.read_csv(a.output).to_dict("records") if a.output.exists() else []
-    made = {(row["task"], row["composition"], row["seed"]) for row in rows}
-    for seed, task, (name, cell) in itertools.product(range(FIRST_SEED, FIRST_SEED + a.seeds), a.tasks, compositions().items()):
-        if (task, name, seed) in made: continue
-        rows.append(measure(task, name, cell, seed))
-        pd.DataFrame(rows).to_csv(a.output, index=False, float_format="%.4g")
-        print(*rows[-1].values(), flush=True)
+    seeds = range(FIRST_SEED, FIRST_SEED + a.seeds)
+    jobs = [(task, name, seed) for seed, task, name in itertools.product(seeds, a.tasks, CELLS)]
+    rows = measure(a.output, train, jobs, ("task", "composition", "seed"))
     table = pd.DataFrame(rows).pivot_table("accuracy", "composition", "task", aggfunc="median")
     print(table.round(0).sort_values(list(table), ascending=False).to_string())
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.errors import AttnnasError, choose
 from .clips import Clips
 from .planted import (BLANK, BLOCK, CLASSES, DARK, DECOY, FRAMES, LATER, NOW, SIDE,
-                                  TARGET, TASKS, draw_clips, orders)
+                                  TARGET, TASKS, draw_clips, flashes, orders)
 
 # %% ../../nbs/data/04_composed.ipynb #57adf195
 PLACES = SIDE ** 2
@@ -50,21 +50,9 @@ def _patterns(place: Tensor, label: Tensor) -> Patterns:
 def _labels(draw: torch.Generator) -> Tensor: return torch.randperm(BLOCK, generator=draw) % 2
 
 # %% ../../nbs/data/04_composed.ipynb #5b958ffe
-def _flashes(draw: torch.Generator, pictures: Tensor) -> Tensor:
-    "Show pictures (BLOCK, n, cells), two frames each, in any order: (BLOCK, 12, cells)."
-    count = pictures.shape[1]
-    turn = orders(draw, count)
-    spare = FRAMES - 4 - 2 * count
-    wait = torch.randint(spare + 1, (BLOCK, count), generator=draw).sort(1).values
-    start = 2 * turn + wait.gather(1, turn)
-    since = torch.arange(FRAMES - 4) - start[..., None]
-    shown = (since >= 0) & (since < 2)
-    return (shown[..., None] * pictures[:, :, None]).sum(1)
-
-# %% ../../nbs/data/04_composed.ipynb #6a7988f8
 def _clip(draw: torch.Generator, badges: Tensor, pictures: Tensor) -> Tensor:
     "Four frames of badges (BLOCK, 16), then the pictures: (BLOCK, 16, 16)."
-    return torch.cat((badges[:, None].expand(-1, 4, -1), _flashes(draw, pictures)), 1)
+    return torch.cat((badges[:, None].expand(-1, 4, -1), flashes(draw, pictures, FRAMES - 4)), 1)
 
 
 def _anywhere(draw: torch.Generator, clip: Tensor) -> Tensor:

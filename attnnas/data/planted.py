@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FRAMES', 'SIDE', 'FACES', 'BLOCK', 'BLANK', 'TARGET', 'DECOY', 'FACE', 'DARK', 'LIGHT', 'NOW', 'LATER', 'TASKS',
-           'COLOURS', 'CLASSES', 'orders', 'draw_clips', 'planted_clips']
+           'COLOURS', 'CLASSES', 'orders', 'flashes', 'draw_clips', 'planted_clips']
 
 # %% ../../nbs/data/03_planted.ipynb #0dcd7532
 import math
@@ -66,6 +66,24 @@ def _moment(draw: torch.Generator) -> tuple[Tensor, Tensor]:
     return slots[..., _bands(SIDE)][:, :, None].expand(-1, -1, SIDE, -1), label
 
 # %% ../../nbs/data/03_planted.ipynb #502984f1
+def flashes(draw: torch.Generator, pictures: Tensor, length: int, apart: int = 0) -> Tensor:
+    """Show pictures, two frames each, in any order.
+
+    pictures: what the cells show, (BLOCK, n, cells).
+    length: frames in all.
+    apart: the fewest blank frames between two pictures.
+    Returns: what the cells show in each frame, (BLOCK, length, cells).
+    """
+    count = pictures.shape[1]
+    turn = orders(draw, count)
+    spare = length - 2 * count - apart * (count - 1)
+    wait = torch.randint(spare + 1, (BLOCK, count), generator=draw).sort(1).values
+    start = (2 + apart) * turn + wait.gather(1, turn)
+    since = torch.arange(length) - start[..., None]
+    shown = (since >= 0) & (since < 2)
+    return (shown[..., None] * pictures[:, :, None]).sum(1)
+
+
 def _relation(draw: torch.Generator) -> tuple[Tensor, Tensor]:
     label = torch.randperm(BLOCK, generator=draw) % 2
     order = orders(draw, SIDE ** 2)
@@ -73,12 +91,7 @@ def _relation(draw: torch.Generator) -> tuple[Tensor, Tensor]:
     first = order < half
     second = torch.where(label[:, None] == 1, first, order % half < half // 2)
     pictures = DARK + torch.stack((first, ~first, second, ~second), 1).long()
-    turn = orders(draw, 4)
-    wait = torch.randint(3, (BLOCK, 4), generator=draw).sort(1).values
-    start = 4 * turn + wait.gather(1, turn)
-    since = torch.arange(FRAMES) - start[..., None]
-    shown = (since >= 0) & (since < 2)
-    frames = (shown[..., None] * pictures[:, :, None]).sum(1)
+    frames = flashes(draw, pictures, FRAMES, apart=2)
     return frames.unflatten(2, (SIDE, SIDE)), label
 
 # %% ../../nbs/data/03_planted.ipynb #03d0ebcc

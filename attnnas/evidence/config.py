@@ -21,7 +21,7 @@ from ..core.hashes import canonical_json, content_hash
 from ..core.options import check, from_fields, option, to_plain
 from ..core.seeds import seed_everything
 from .insertions import (
-    DerivedCell, GivenCell, Insertion, KINDS, NonLocal, RandomCell, Search, insertion_of)
+    DerivedCell, Insertion, KINDS, NonLocal, RandomCell, Search, insertion_of)
 from .sources import Generated, Source, source_of
 from ..networks.registry import create_model
 from ..networks.weights import imagenet_weights, inflate
@@ -201,13 +201,13 @@ class Tier:
 # %% ../../nbs/evidence/03_config.ipynb #c8ef339e
 def _settings_of(kind: str, source, search, fields: dict) -> dict:
     "What an insertion of that kind is made with."
-    derivation = {name: fields[name] for name in ("alpha", "beta") if name in fields}
-    if kind == RandomCell.kind:
-        drawn = {name: getattr(search, name) for name in ("levels", "width", "activations")}
-        return drawn | derivation
-    own = {name: fields[name] for name in ("blocks",) if name in fields}
-    return {Search.kind: {"search": search}, GivenCell.kind: {"cell": fields.get("cell")},
-            NonLocal.kind: own, DerivedCell.kind: {"search": source} | derivation}.get(kind, {})
+    own = {field.name for field in dataclasses.fields(KINDS[kind])}
+    given = {name: value for name, value in fields.items() if name in own}
+    if kind == Search.kind: return given | {"search": search}
+    if kind == DerivedCell.kind: return given | {"search": source}
+    if kind != RandomCell.kind: return given
+    drawn = {name: getattr(search, name) for name in ("levels", "width", "activations")}
+    return drawn | given
 
 # %% ../../nbs/evidence/03_config.ipynb #faa7b4c5
 def _own(cls, values: dict, other):
