@@ -8,7 +8,6 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +22,7 @@ from attnnas.evidence import executor  # it asks for imports of its own; those b
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch._dynamo", "attnnas.evidence.batch", "accelerate", "timm", "matplotlib.pyplot", "pandas",
                               "execnb.shell", "ipykernel.kernelapp", "matplotlib_inline.backend_inline", "papermill", "pytest"])
-START_WORKER = executor._start_worker
+START_WORKER, TAKE_PART = executor._start_worker, executor._take_part
 
 
 class Forked:
@@ -69,6 +68,7 @@ def adopt():
     gc.freeze()  # what was imported is neither looked through nor copied when garbage is collected
     multiprocessing.forkserver._forkserver.ensure_running = lambda: None  # the server is that of the parent
     executor._start_worker = partial(_start_worker, os.getpgrp())
+    executor._take_part = partial(_take_part, os.getpgrp())
     fork_kernels()
 
 
@@ -77,13 +77,9 @@ def _start_worker(group: int, *arguments):
     START_WORKER(*arguments)
 
 
-def together(count: int, work, *arguments, **options) -> list:
-    "Start `count` processes that find each other as those of `torchrun` do."
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    both = place | {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    return [Forked(work, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **both, **options) for rank in range(count)]
+def _take_part(group: int, *arguments):
+    with suppress(OSError): os.setpgid(0, group)
+    TAKE_PART(*arguments)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,13 @@
 """Every listed model, as a user meets it: by name, at its smallest clip, open to insertion."""
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from attnnas.networks.registry import create_model, list_models
 from attnnas.core.errors import AttnnasError
+from attnnas.cells.cell import AttentionCell
 from attnnas.cells.derivation import random_cell
 from attnnas.cells.fused import FusedSupergraph
 from attnnas.networks.insertion import insert, inserted, remove, site_shapes
@@ -43,11 +46,11 @@ def test_sites_and_insertion(made, name):
         return
     shapes, before = site_shapes(network), list(network.state_dict())
     assert network.default_sites and all(len(shapes[site]) == 5 for site in network.default_sites)
-    several = lambda channels: nn.Sequential(*(INSERTED[what](channels) for what in ("supergraph", "non-local", "cbam")))
-    for what in (INSERTED["cell"], several):
-        insert(network, what)
-        assert sorted(inserted(network)) == sorted(network.default_sites)
-        assert list(remove(network).state_dict()) == before
+    cell = partial(AttentionCell, spec=INSERTED["cell"])
+    others = (INSERTED[what] for what in ("supergraph", "non-local", "cbam"))
+    insert(network, lambda channels: nn.Sequential(*(make(channels) for make in (cell, *others))))
+    assert sorted(inserted(network)) == sorted(network.default_sites)
+    assert list(remove(network).state_dict()) == before
     with pytest.raises(AttnnasError, match="Did you mean"): insert(network, NonLocalBlock, network.default_sites[0] + "x")
 
 

@@ -2,7 +2,9 @@
 import os
 import signal
 import subprocess
+import sys
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ from attnnas.networks.registry import create_model
 from attnnas.search.differentiable import SearchConfig, insert_supergraphs, search_trainer
 from attnnas.training.evaluation import in_turns, predict
 from attnnas.training.loop import Trainer, TrainingConfig
-from attnnas.training.processes import OneProcess, launch_command, processes, shared_device
+from attnnas.training.processes import OneProcess, processes, shared_device, start_together
 
 CASES = {"cell": 0, "non-local": 3, "supergraph": 4}  # clips in a pass; 0: all
 
@@ -39,6 +41,7 @@ def steps(where):
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     for what, micro in CASES.items(): torch.save(step(what, micro, group), f"{where}.{what}.{group.count}.{group.rank}")
+    group.end()
 
 
 def step(what, micro, group) -> dict:
@@ -64,9 +67,9 @@ def step(what, micro, group) -> dict:
 def stepped(tmp_path_factory):
     "Where one process, and two together, have written what came of `steps`."
     folder = tmp_path_factory.mktemp("steps")
-    alone = forks.Forked(steps, folder / "out", output=folder / "alone.txt")
-    for process in [alone, *forks.together(2, steps, folder / "out", output=folder / "together.txt")]:
-        assert process.wait(300) == 0, [path.read_text()[-3000:] for path in folder.glob("*.txt")]
+    for process in [member for count in (1, 2) for member in start_together(count, forks.FORKS, steps, folder / "out")]:
+        process.join(300)
+        assert process.exitcode == 0
     return folder
 
 
@@ -145,7 +148,8 @@ group.gather(group.rank)
 def test_a_process_that_is_gone_ends_the_others(tmp_path):
     "If this fails, a launcher waits for what will never come, or a process aborts at its exit."
     (tmp_path / "script.py").write_text(TOGETHER)
-    done = subprocess.run(launch_command(2, [tmp_path / "script.py"]), capture_output=True, text=True,
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, tmp_path / "script.py"], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=60)
     assert done.returncode != 0 and "SIGABRT" not in done.stderr
 
@@ -166,10 +170,9 @@ def test_stopped_and_killed_shared_runs_leave_no_process_and_continue(config, tm
         process = forks.Forked(batch, config, tmp_path, output=output)
         until(lambda: checkpoint.exists() and checkpoint.stat().st_mtime_ns != before or process.poll() is not None)
         assert process.poll() is None, output.read_text()
-        if how == "kill a part": os.kill(parts(tmp_path)[1], signal.SIGKILL)
+        if how == "kill a part": os.kill(parts(process.pid)[1], signal.SIGKILL)
         else: process.send_signal(signal.SIGTERM if how == "stop" else signal.SIGKILL)
         process.wait(90)
-        until(lambda: not any(str(tmp_path).encode() in command for command in commands()))
         until(lambda: is_gone(process.pid))
         assert checkpoint.exists() and not checkpoint.with_name("record.json").exists()
     assert process.poll() == 1 and "failed or was killed" in output.read_text()
@@ -183,20 +186,13 @@ def is_gone(group: int) -> bool:
     return False
 
 
-def parts(place) -> list:
-    "Ids of the processes that share a run in `place`."
+def parts(group: int) -> list:
+    "Ids of the processes that share a run: those of a batch's group, but for the batch."
     found = []
-    for folder in filter(str.isdigit, os.listdir("/proc")):
-        try: command = open(f"/proc/{folder}/cmdline", "rb").read().split(b"\0")
-        except OSError: continue
-        if str(place).encode() in command and b"-m" not in command and b"-c" in command: found.append(int(folder))
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            if os.getpgid(int(process)) == group != int(process): found.append(int(process))
     return found
-
-
-def commands():
-    for folder in os.listdir("/proc"):
-        try: yield open(f"/proc/{folder}/cmdline", "rb").read()
-        except OSError: continue
 
 
 def until(true, seconds: float = 180):

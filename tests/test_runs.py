@@ -162,7 +162,7 @@ def train_for_long(folder):
     "Be a worker of a batch, and start a run that takes hours."
     executor._start_worker(queue.SimpleQueue(), dict(os.environ))
     training = TrainingConfig(epochs=10**5, batch_size=8)
-    executor._work("key", RunConfig(data=DATA, training=training), folder, "cpu", 1)
+    executor._work("key", RunConfig(data=DATA, training=training), folder, "cpu")
 
 
 def test_a_worker_that_is_told_to_stop_ends(tmp_path):

@@ -12,9 +12,10 @@ from torch import nn
 
 import forks
 from attnnas.networks.base import Backbone
+from attnnas.core.hashes import source_hash
 from attnnas.core.seeds import generator, seed_everything
 from attnnas.data.clips import Clips
-from attnnas.search.differentiable import SearchConfig, differentiable, insert_supergraphs
+from attnnas.search.differentiable import SearchConfig, cost_of, differentiable, insert_supergraphs
 from attnnas.training.checkpoint import load_checkpoint, save_checkpoint
 from attnnas.training.loop import TrainingConfig
 
@@ -92,7 +93,9 @@ def killed(folder: Path, after: int, delay: float, checkpoint_seconds: float) ->
 
 def main(folder: Path):
     torch.set_num_threads(1)
-    insert_supergraphs(Tiny(), SEARCH)  # loads what torch loads late, once for all children
+    # What torch loads late, costs and the hash of the source are had once for all children.
+    cost_of(insert_supergraphs(Tiny(), SEARCH), (1, 3, 4, 8, 8))
+    source_hash("search.differentiable")
     for name, seed in (("whole", SEED), ("again", SEED), ("other", SEED + 1)):
         started = time.perf_counter()
         os.waitpid(forked(lambda: search(folder / name, seed, checkpoint_seconds=EACH_EPOCH)), 0)

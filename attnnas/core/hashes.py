@@ -9,6 +9,7 @@ __all__ = ['canonical_json', 'content_hash', 'source_hash']
 import ast
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 
 from .errors import AttnnasError
@@ -64,6 +65,14 @@ def _imports(tree: ast.AST, module: str, package: str):
             if name.startswith(inside): yield name.removeprefix(inside)
 
 # %% ../../nbs/core/02_hashes.ipynb #ed1e1b8e
+@cache
+def _read(path: Path, module: str, package: str, written: int) -> tuple[list, str]:
+    "Return what a module imports, and its source without docstrings; `written` is when."
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imports = list(_imports(tree, module, package))
+    return imports, ast.unparse(_WithoutDocstrings().visit(tree))
+
+
 def source_hash(*modules: str, leave_out: tuple = (), package: Path | None = None) -> str:
     """Hash the source of modules and of all modules of the package that they import.
 
@@ -82,9 +91,8 @@ def source_hash(*modules: str, leave_out: tuple = (), package: Path | None = Non
         module = waiting.pop()
         path = package.joinpath(*module.split(".")).with_suffix(".py")
         if module in sources or module in leave_out or not path.exists(): continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        waiting += _imports(tree, module, package.name)
-        sources[module] = ast.unparse(_WithoutDocstrings().visit(tree))
+        imports, sources[module] = _read(path, module, package.name, path.stat().st_mtime_ns)
+        waiting += imports
     if missing := set(modules) - set(sources):
         raise AttnnasError(f"No module {', '.join(sorted(missing))} in {package}.")
     return content_hash(sources)

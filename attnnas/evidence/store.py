@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import get_type_hints
 
@@ -82,7 +82,7 @@ class RunRecord:
     numbers: int = NUMBERS
     schema_version: int = SCHEMA_VERSION
 
-    @property
+    @cached_property
     def run(self) -> RunConfig:
         "The configuration."
         return RunConfig.from_dict(self.config)
@@ -165,6 +165,17 @@ def _upgrade_insertion(old: dict, model: dict) -> dict:
     return made
 
 # %% ../../nbs/evidence/04_store.ipynb #2a3628d0
+@lru_cache(maxsize=10_000)
+def _loaded(path: Path, *written) -> RunRecord: return RunRecord.load(path)
+
+
+def _read(path: Path) -> RunRecord:
+    "Load the record of a file, again only where the file is another one or was written since."
+    file = path.stat()
+    return _loaded(path, file.st_ino, file.st_size, file.st_mtime_ns)
+
+
+#| export
 class Store:
     "The runs below `folder`/runs."
 
@@ -184,7 +195,7 @@ class Store:
 
     def get(self, key: str) -> RunRecord | None:
         "Return the finished record of `key`, or None."
-        return RunRecord.load(self.path(key)) if self.path(key).exists() else None
+        return _read(self.path(key)) if self.path(key).exists() else None
 
     def put(self, record: RunRecord):
         "Write `record`: the sign that its run is finished."
@@ -192,7 +203,7 @@ class Store:
 
     def records(self) -> list:
         "Return all finished records, in order of their keys."
-        return [RunRecord.load(path) for path in sorted(self.folder.glob("runs/*/record.json"))]
+        return [_read(path) for path in sorted(self.folder.glob("runs/*/record.json"))]
 
     def known(self, configs) -> dict:
         """Return {hash: record} of those of `configs` that have one, whatever data it was made

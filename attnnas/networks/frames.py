@@ -51,8 +51,17 @@ class Chain(NamedTuple):
     side: int
 
 # %% ../../nbs/networks/06_frames.ipynb #5c68ffa2
+_chains = {}  # (name, channels) -> its Chain: ten dry runs, which a second network need not make
+
+
+def _chain(backbone: str, net: nn.Module, in_channels: int) -> Chain:
+    key = backbone, in_channels
+    if key not in _chains: _chains[key] = _read_chain(net, in_channels)
+    return _chains[key]
+
+
 @torch.no_grad()
-def _chain(net: nn.Module, in_channels: int) -> Chain:
+def _read_chain(net: nn.Module, in_channels: int) -> Chain:
     "Raises: AttnnasError where the top parts of `net` are no chain of feature maps."
     dry = DryRun(net)
     def image(side): return dry.input((1, in_channels, side, side))
@@ -137,7 +146,7 @@ class FrameNetwork(Backbone):
     def __init__(self, backbone: str, clip: tuple[int, int, int], in_channels: int = 3,
                  stack: int = 1, dropout: float = 0.0):
         net = _image_network(backbone, in_channels * stack)
-        channels, side = _chain(net, in_channels * stack)
+        channels, side = _chain(backbone, net, in_channels * stack)
         parts = OrderedDict((name, _per_frame(getattr(net, name))) for name in channels)
         trunk = nn.Sequential(parts)
         known = dict(trunk.named_modules())

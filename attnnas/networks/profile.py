@@ -147,16 +147,19 @@ def _saved(model, shape, device="meta") -> list[Call]:
     x = dry.input(shape)
     tensors = (*dry.model.parameters(), *dry.model.buffers())
     known = {tensor.untyped_storage()._cdata for tensor in tensors}
-    kept = {}
+    kept = []
+    total = 0
 
     def keep(tensor):
-        storage = tensor.untyped_storage()  # held, so that its address stays its own
-        if storage._cdata not in known: kept.setdefault(storage._cdata, storage)
-
-    def total(): return sum(storage.nbytes() for storage in kept.values())
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage._cdata in known: return
+        known.add(storage._cdata)
+        kept.append(storage)  # held, so that its address stays its own
+        total += storage.nbytes()
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing)
-    with torch.enable_grad(), _FusedAttention(), hooks: return dry.calls(x, total)
+    with torch.enable_grad(), _FusedAttention(), hooks: return dry.calls(x, lambda: total)
 
 # %% ../../nbs/networks/11_profile.ipynb #45a72706
 def activation_bytes(model: nn.Module, shape) -> int:

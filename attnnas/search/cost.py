@@ -6,6 +6,8 @@
 __all__ = ['operation_costs', 'training_multiply_adds', 'expected_cost']
 
 # %% ../../nbs/search/01_cost.ipynb #316b98d8
+from functools import cache
+
 import torch
 
 from ..attention.formula import ACTIVATIONS
@@ -13,6 +15,13 @@ from ..cells.operations.registry import OPERATIONS, create_operation
 from ..networks.profile import count_flops
 
 # %% ../../nbs/search/01_cost.ipynb #736c4702
+@cache
+def _multiply_adds(dimension: str, kind: str, activation: str, width: int, clip: tuple) -> float:
+    if activation not in OPERATIONS[kind].activations: return 0.0
+    operation = create_operation(dimension, kind, activation, width)
+    return count_flops(operation, (1, width, *clip)) / 2
+
+
 def operation_costs(nodes, width: int, clip) -> torch.Tensor:
     """Count the multiply-adds of one level's nodes.
 
@@ -22,13 +31,9 @@ def operation_costs(nodes, width: int, clip) -> torch.Tensor:
     Returns: (n, 4), each node with each of the ACTIVATIONS; an activation that a node's type does
         not take costs nothing.
     """
-    def cost(node, activation) -> float:
-        if activation not in OPERATIONS[node.type].activations: return 0.0
-        operation = create_operation(node.dimension, node.type, activation, width)
-        return count_flops(operation, (1, width, *clip)) / 2
-
     def costs(node) -> list[float]:
-        return [cost(node, activation) for activation in ACTIVATIONS]
+        return [_multiply_adds(node.dimension, node.type, activation, width, tuple(clip))
+                for activation in ACTIVATIONS]
 
     return torch.tensor([costs(node) for node in nodes])
 

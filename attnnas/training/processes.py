@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ALONE', 'PATIENCE', 'OneProcess', 'batch_norm_as_one', 'shared_device', 'ManyProcesses', 'processes',
-           'launch_command']
+           'start_together']
 
 # %% ../../nbs/training/02_processes.ipynb #3893d84f
 import atexit
 import datetime
 import os
-import sys
+import socket
 from contextlib import nullcontext
 
 import torch
@@ -86,7 +86,7 @@ def batch_norm_as_one(x, running_mean=None, running_var=None, weight=None, bias=
     shifted = centred * scale.view(shape)
     return shifted if bias is None else shifted + bias.view(shape)
 
-
+# %% ../../nbs/training/02_processes.ipynb #db71176d
 class _BatchNormAsOne(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.batch_norm: function = batch_norm_as_one
@@ -116,7 +116,7 @@ def shared_device(device: str, count: int) -> str:
                            "fewer processes, or the device cpu.")
     return kind
 
-
+# %% ../../nbs/training/02_processes.ipynb #77465de7
 class ManyProcesses(OneProcess):
     """Join the processes that a launcher started, on GPUs through nccl, else on CPUs through gloo.
 
@@ -167,7 +167,7 @@ class ManyProcesses(OneProcess):
 
     def as_one(self): return _BatchNormAsOne()
 
-
+# %% ../../nbs/training/02_processes.ipynb #a3edbd8a
 def processes(device="auto") -> OneProcess:
     """Find the processes that this one was started with.
 
@@ -178,12 +178,28 @@ def processes(device="auto") -> OneProcess:
     return ManyProcesses(device) if launched else ALONE
 
 # %% ../../nbs/training/02_processes.ipynb #9906a795
-def launch_command(count: int, arguments: list) -> list:
-    """Write the command that starts several processes of this Python on this machine.
+def start_together(count: int, context, work, *arguments) -> list:
+    """Start processes of this machine that find each other.
 
     count: how many.
-    arguments: a script and its arguments, or "-m", a module and its arguments.
-    Returns: the words of the command.
+    context: how they are started, as `multiprocessing.get_context` gives it.
+    work, arguments: what each process does; both have to be what pickle can write.
+    Returns: the processes. In each, `processes` gives what it shares with the others.
     """
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc-per-node", str(count), *map(str, arguments)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    found = []
+    for rank in map(str, range(count)):
+        place = os.environ | both | {"RANK": rank, "LOCAL_RANK": rank}
+        found.append(context.Process(target=_work_at, args=(place, work, arguments)))
+        found[-1].start()
+    return found
+
+# %% ../../nbs/training/02_processes.ipynb #0fd0c36c
+def _work_at(environment: dict, work, arguments: tuple):
+    os.environ.clear()  # of a forked process it is that of the time when its server was started
+    os.environ |= environment
+    work(*arguments)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from ...cells.spec import CellSpec
 from ..run import search_result
@@ -70,9 +71,10 @@ def count(name: str, classes: int, cell: CellSpec) -> dict:
     Returns: multiply-adds of one clip, parameters, and the cost in GFLOPs as its source counts.
     """
     line = LINES[name]
-    network = create_model(line.network, num_classes=classes)
+    with torch.device("meta"):  # a cost takes no weights
+        network = create_model(line.network, num_classes=classes)
+        if line.inserted: insert(network, {"cell": cell, "non-local": _non_local}[line.inserted])
     shape = (1, *line.clip) if line.clip else network.example_shape
-    if line.inserted: insert(network, {"cell": cell, "non-local": _non_local}[line.inserted])
     multiply_adds = count_flops(network, shape) // 2
     return {"model": name, "network": line.network, "clip": "x".join(map(str, shape[1:])),
             "views": line.views, "flops_a_multiply_add": line.factor,
