@@ -53,6 +53,8 @@ class SearchSpace:
     dimensions, types, activations: the names to choose from; default: all of the talk's. They are
         kept in the order in which they are registered. A type that is not the talk's is in a space
         only where it is named. With activations = (FIXED,) each type has its default one.
+    chain: whether each operation reads the one before it alone, and the last one is the output, as
+        in cells that are derived with alpha = beta = 1.
     Raises: AttnnasError for no operations, unknown or repeated names, and a width that is none.
     Source: talk (cell level and operation level); the size by counting; order and encoding
         [choice].
@@ -62,6 +64,7 @@ class SearchSpace:
     dimensions: tuple[str, ...] = DIMENSIONS
     types: tuple[str, ...] = TYPES
     activations: tuple[str, ...] = ACTIVATIONS
+    chain: bool = False
 
     def __post_init__(self): _check_space(self)
 
@@ -94,7 +97,7 @@ class SearchSpace:
         sizes = {}
         for k in range(1, self.operations + 1):
             for name, known in self.names.items(): sizes[f"{name}_{k}"] = len(known)
-            sizes[f"inputs_{k}"] = 2**k - 1
+            sizes[f"inputs_{k}"] = 1 if self.chain else 2**k - 1
         return {name: range(size) for name, size in sizes.items() if size > 1}
 
     @property
@@ -170,7 +173,9 @@ class SearchSpace:
 
     def __contains__(self, cell) -> bool:
         if not isinstance(cell, CellSpec) or cell.width != self.width: return False
-        if not len(cell.operations) == len(cell.outputs) == self.operations: return False
+        if len(cell.operations) != self.operations: return False
+        if self.chain and cell.inputs != _chained(self.operations): return False
+        if len(cell.outputs) != (1 if self.chain else self.operations): return False
         return all(name in self.names[kind] for operation in cell.operations
                    for kind, name in self.names_of(operation).items())
 
@@ -222,13 +227,14 @@ def _draw(count: int, *names) -> int:
 def _encode(space: SearchSpace, cell: CellSpec) -> tuple[int, ...]:
     if cell not in space:
         width = f", width {cell.width}" if isinstance(cell, CellSpec) else ""
-        raise AttnnasError(f"The cell is not one of {space}, with every operation an output: "
+        outputs = "the last operation" if space.chain else "every operation"
+        raise AttnnasError(f"The cell is not one of {space}, with {outputs} an output: "
                            f"{cell}{width}.")
     digits = {}
     for k, (operation, read) in enumerate(zip(cell.operations, cell.inputs), 1):
         for kind, name in space.names_of(operation).items():
             digits[f"{kind}_{k}"] = space.names[kind].index(name)
-        digits[f"inputs_{k}"] = _value(read)
+        digits[f"inputs_{k}"] = 0 if space.chain else _value(read)
     return tuple(digits[name] for name in space.parameters)
 
 
@@ -246,7 +252,14 @@ def _decode(space: SearchSpace, values) -> CellSpec:
         chosen = {name: known[digits.get(f"{name}_{k}", 0)] for name, known in space.names.items()}
         operations.append(_operation(**chosen))
         inputs.append(_subset(digits.get(f"inputs_{k}", 0)))
-    return CellSpec(tuple(operations), tuple(inputs), width=space.width)
+    if not space.chain: return CellSpec(tuple(operations), tuple(inputs), width=space.width)
+    last = (space.operations,)
+    return CellSpec(tuple(operations), _chained(space.operations), last, space.width)
+
+
+def _chained(operations: int) -> tuple[tuple[int], ...]:
+    "Return the inputs of a chain's operations."
+    return tuple((k,) for k in range(operations))
 
 # %% ../../nbs/cells/02_space.ipynb #3a1d0be6
 def _changes(space: SearchSpace, cell: CellSpec):
@@ -258,7 +271,7 @@ def _changes(space: SearchSpace, cell: CellSpec):
                 if other == names[kind]: continue
                 changed = _operation(**names | {kind: other})
                 yield replace(cell, operations=_with(cell.operations, k, changed))
-        for i in range(k + 1):
+        for i in () if space.chain else range(k + 1):
             subset = set(read) ^ {i}
             if subset: yield replace(cell, inputs=_with(cell.inputs, k, tuple(sorted(subset))))
 
