@@ -1,4 +1,4 @@
-"""Train every cell of a small space and write results/tabular/cells.json.gz: searches are then compared in seconds.
+"""Train every cell of a small space and write results/tabular/composed-place-relation.json.gz: searches are then compared in seconds.
 
 The space, the clips and the recipe are in benchmarks/tabular.toml. Finished runs are kept in reproduced/tabular: the same
 command continues. About 35 CPU-minutes for three seeds.
@@ -46,7 +46,7 @@ def collect(space: SearchSpace, runs: dict, records) -> TabularBenchmark:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--records", default=HERE.parent / "reproduced" / "tabular", help="folder of the run records")
-    parser.add_argument("--output", default=HERE.parent / "results" / "tabular" / "cells.json.gz", help="the table")
+    parser.add_argument("--output", default=HERE.parent / "results" / "tabular" / "composed-place-relation.json.gz", help="the table")
     parser.add_argument("--seeds", type=int, help="only the first so many seeds")
     parser.add_argument("--rebuild", action="store_true", help="train nothing: the table of the records that are there")
     options = parser.parse_args()

@@ -13,7 +13,7 @@ from attnnas.core.errors import AttnnasError
 from attnnas.core.variance import two_way
 from attnnas.evidence.ablation import ablation_frame, ablation_plan, clips_note, finalists
 from attnnas.evidence.ablation_tables import (accuracies, best_runs, chance_table, duel_table, duels, found_table, luck_table,
-                                              rank_text, regret_text)
+                                              rank_text)
 from attnnas.evidence.config import load_tier
 from attnnas.evidence.executor import execute
 from attnnas.evidence.registry import planned
@@ -92,9 +92,8 @@ def test_seeds_move_finalists_together():
 
 
 def test_the_noise_of_the_committed_table_is_what_cell_and_seed_do_not_explain():
-    noise = TabularBenchmark.load(ROOT / "results/tabular/cells.json.gz").noise["test"]
-    assert (round(noise.residual, 1), round(noise.rows, 1), round(noise.columns, 1)) == (5.3, 2.4, 3.2)
-    assert 5e-5 < noise.p < 1.5e-4
+    noise = TabularBenchmark.load(ROOT / "results/tabular/composed-place-relation.json.gz").noise["test"]
+    assert noise.rows > noise.residual and noise.p < .001
 
 
 # ---- verdicts
@@ -210,6 +209,9 @@ def test_seconds_are_costs_where_nothing_else_was_in_the_way():
         assert own_seconds(dataclasses.replace(alone, seconds=seconds, **fields)) is None
     assert own_seconds(dataclasses.replace(alone, seconds={"cpu": 90.0, "wall": 100.0})) == 90.0
     assert cpu_seconds(Row("A", "i3d_small", "backbone", (alone, on_gpu))) is None, "one of two is not known"
+    other_day = dataclasses.replace(alone, source="another")
+    assert cpu_seconds(Row("A", "i3d_small", "backbone", (alone, alone))) == alone.seconds["cpu"]
+    assert cpu_seconds(Row("A", "i3d_small", "backbone", (alone, other_day))) is None, "two batches"
     assert seconds_note([1.0, 2.0]) == "" and "multiply-adds" in seconds_note([1.0, None])
 
 
@@ -229,7 +231,8 @@ def test_committed_tables_print_seconds_of_processors_alone():
     full = pd.read_csv(ROOT / "results/full/table_1_nonlocal.csv")
     assert full.cpu_seconds.isna().all() and full.gflops.notna().all()
     assert "CPU-s are empty" in (ROOT / "results/full/table_1_nonlocal.md").read_text(encoding="utf-8")
-    assert pd.read_csv(ROOT / "results/quick/table_1_nonlocal.csv").cpu_seconds.notna().all()
+    quick = pd.read_csv(ROOT / "results/quick/table_1_nonlocal.csv").set_index("model")
+    assert quick.cpu_seconds.isna().sum() == 1 and pd.isna(quick.cpu_seconds["derived cell"]), "its searches are of two batches"
     ablation = pd.read_csv(ROOT / "results/ablation/ablation_search.csv")
     assert ablation.multiply_adds.notna().all() and 0 < ablation.cpu_seconds.isna().sum() < len(ablation)
 
@@ -260,26 +263,23 @@ def test_committed_finalists_are_compared_without_the_seed_of_their_choice():
     assert list(luck_table(frame, known)["one cell, other seeds"]) == ["3.3", "4.8"]
 
 
-@pytest.mark.parametrize("tier", ["quick", "ablation"])
-def test_the_committed_text_of_the_ablation_is_that_of_its_records(tier):
+def test_the_committed_text_of_the_ablation_is_that_of_its_records(tier="ablation"):
     text = (ROOT / f"results/{tier}/ablation_search.md").read_text(encoding="utf-8")
     setting = load_tier(tier)
     plan = ablation_plan(setting)
     frame = ablation_frame(plan, execute(plan.values(), STORE, rebuild=True))
     known = finals(tier)
     ranks = pd.read_csv(ROOT / f"results/{tier}/ablation_search_ranks.csv")
-    regrets = pd.read_csv(ROOT / f"results/{tier}/ablation_search_regret.csv")
     for table in (found_table(frame), chance_table(frame), duel_table(known), luck_table(frame, known)):
         assert table.to_markdown(index=False) in text
-    for said in (clips_note(setting), family_note(duels(known).values()), rank_text(ranks),
-                 regret_text(regrets, TabularBenchmark.load(ROOT / "results/tabular/cells.json.gz"))):
+    for said in (clips_note(setting), family_note(duels(known).values()), rank_text(ranks)):
         assert said in text
 
 
 def test_fewer_clips_than_the_backbone_needs_are_said():
     assert clips_note(load_tier("ablation")) == ("On B, networks are trained on 3,000 clips, where the quick tier takes 4,500 to "
                                                  "train the backbone enough.")
-    assert clips_note(load_tier("quick")) == clips_note(load_tier("full")) == "" and "64 clips" in clips_note(load_tier("smoke"))
+    assert clips_note(load_tier("full")) == "" and "64 clips" in clips_note(load_tier("smoke"))
 
 
 def test_claims_carry_the_notes_of_their_rows():
@@ -287,9 +287,8 @@ def test_claims_carry_the_notes_of_their_rows():
     claims = (ROOT / "results/quick/claims.md").read_text(encoding="utf-8")
     lines = {line.split("|")[1].strip(): line for line in claims.split("###")[0].splitlines() if line.startswith("|")}
     table = pd.read_csv(ROOT / "results/quick/table_2_modalities.csv").set_index("model")
-    assert table.note["derived cell"] == "not trained enough; one search"
-    assert "(not trained enough; one search)" in lines["a cell searched on colours helps on optical flow"]
-    assert "(one search)" in lines["a searched cell is better than nothing"]
+    assert table.note["derived cell"] == "not trained enough" and "one search" not in claims
+    assert "(not trained enough)" in lines["a cell searched on colours helps on optical flow"]
     assert note_of(made_up("backbone", 84.9, 84.9)) == "not trained enough" and note_of(made_up("backbone", 85.0, 85.0)) == ""
     verdicts_made = len(re.findall(r"[+-]\d+\.\d\) (?:held|not held|undecided)", claims))
     assert f"{verdicts_made} verdicts, corrected for their number" in claims

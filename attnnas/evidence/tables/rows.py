@@ -103,16 +103,21 @@ def own_seconds(record: RunRecord) -> float | None:
 
 
 def cpu_seconds(row: Row) -> float | None:
-    "Return the mean CPU seconds of a row's trainings, None where `own_seconds` has none of one."
+    """Return the mean CPU seconds of a row's trainings.
+
+    Returns: None where `own_seconds` has none of one, and where sources differ: those were other
+        days, on which one machine took up to twice as long for the same.
+    """
     seconds = [own_seconds(record) for record in row.records]
-    return None if None in seconds else float(np.mean(seconds))
+    one_batch = len({record.source for record in row.records}) == 1
+    return float(np.mean(seconds)) if one_batch and None not in seconds else None
 
 
 def seconds_note(seconds) -> str:
     "Say why some of a table's CPU seconds are missing; nothing where none is."
     if not any(value is None or value != value for value in seconds): return ""
     return ("CPU-s are empty where the records do not say that the runs had their processors to "
-            "themselves, such as on a GPU: compare multiply-adds.")
+            "themselves and were of one batch: compare multiply-adds.")
 
 
 class Trainings(NamedTuple):
@@ -132,7 +137,9 @@ def in_trainings(record: RunRecord, row: Row) -> Trainings | None:
     times = training_cost(record) / float(np.mean(costs))
     ours = own_seconds(record)
     theirs = cpu_seconds(row)
-    return Trainings(times, None if None in (ours, theirs) else ours / theirs)
+    one_batch = all(made.source == record.source for made in row.records)
+    known = one_batch and None not in (ours, theirs)
+    return Trainings(times, ours / theirs if known else None)
 
 # %% ../../../nbs/evidence/tables/02_rows.ipynb #d98259af
 CELLS = (("top1", "all", "top1"), ("top5", "all", "top5"),

@@ -210,9 +210,12 @@ class Table:
         note = f"{self.note} {ceiling_note(limits_of(collected.rows))}".strip()
         return frame, table_text(title, frame, collected, outcome, note), outcome
 
-    def draw(self, rows):
+    def draw(self, rows, frame):
         """Return the table's picture: a dot a seed, a dashed line for the bag ceiling, a dotted one
         for the linear limit.
+
+        rows: the rows of the table.
+        frame: its lines, as `write` gives them.
         """
         return dots(rows, limits_of(rows))
 
@@ -230,7 +233,7 @@ class Table:
         collected = collect(self.plan(tier), store, device, rebuild)
         frame, text, outcome = self.write(tier, collected, reference)
         paths = write_table(folder, self.name, frame, text)
-        figure = self.draw(collected.rows)
+        figure = self.draw(collected.rows, frame)
         figure.savefig(folder / f"{self.name}.png", dpi=120)
         return Made(collected.rows, text, outcome, figure, [*paths, folder / f"{self.name}.png"])
 

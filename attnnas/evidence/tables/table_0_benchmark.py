@@ -53,7 +53,7 @@ class BenchmarkTable(Table):
                 f"{sentences}\n\n{made}")
         return frame, text, outcome
 
-    def draw(self, rows):
+    def draw(self, rows, frame):
         "Return the picture: training and validation accuracy over epochs, a line a seed."
         import matplotlib.pyplot as plt
         size = (3.6 * len(rows), 2.6)

@@ -209,7 +209,7 @@ class ComposedTable(Table):
                             lines, "\n".join(made), ""])
         return frame, text, outcome
 
-    def draw(self, rows):
+    def draw(self, rows, frame=None):
         "Return the picture: a dot a run, by its test accuracy, a panel a data set."
         import matplotlib.pyplot as plt
         data = list(dict.fromkeys(row.data for row in rows))
