@@ -208,12 +208,13 @@ def write_claims(tier: Tier, store: Store, reference) -> list:
     shown = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
     text = TEXT.format(tier=tier.name, lines=shown, family=family_note(family), as_much=AS_MUCH,
                        enough=TRAINED_ENOUGH)
-    if composed.rows:
-        searches = collected[table_6_searches.name]
-        against = (compare_searches(table_6_searches.lines(searches, reference))
-                   if searches.rows else [])
-        solving = pd.DataFrame([*composed_lines(composed.rows), searching_line(against)])
-        text += COMPOSED.format(lines=solving.to_markdown(index=False, disable_numparse=True))
+    searches = collected[table_6_searches.name]
+    against = (compare_searches(table_6_searches.lines(searches, reference))
+               if searches.rows else [])
+    solving = [*composed_lines(composed.rows), searching_line(against)]
+    if any(line["verdict"] != "not run" for line in solving):
+        shown = pd.DataFrame(solving).to_markdown(index=False, disable_numparse=True)
+        text += COMPOSED.format(lines=shown)
     path = store.made(tier.name) / "claims.md"
     write_atomic(path, text)
     return [path]
