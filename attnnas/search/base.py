@@ -137,6 +137,17 @@ class TrialLog:
         return sum(trial.multiply_adds for trial in self.trials)
 
     @property
+    def best_so_far(self) -> list:
+        "The trial of the highest score after each trial, None before the first one that finished."
+        found = []
+        best = None
+        for trial in self.trials:
+            has_score = trial.score is not None
+            if has_score and (best is None or trial.score > best.score): best = trial
+            found.append(best)
+        return found
+
+    @property
     def trajectory(self) -> list[dict]:
         """One row after each trial: trials, seconds, multiply_adds, best and regret.
 
@@ -145,12 +156,9 @@ class TrialLog:
         where the objective knows none.
         """
         rows = []
-        best = None
         seconds = 0.0
         multiply_adds = 0
-        for trials, trial in enumerate(self.trials, 1):
-            has_score = trial.score is not None
-            if has_score and (best is None or trial.score > best.score): best = trial
+        for trials, (trial, best) in enumerate(zip(self.trials, self.best_so_far), 1):
             seconds += trial.seconds.get("wall", 0) + trial.seconds.get("proposal", 0)
             multiply_adds += trial.multiply_adds
             rows.append({"trials": trials, "seconds": seconds, "multiply_adds": multiply_adds,
