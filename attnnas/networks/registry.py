@@ -51,17 +51,20 @@ def create_model(name: str, num_classes: int, **options) -> Backbone:
     name: one of `list_models()`.
     num_classes: classes.
     options: those of the model's function, help(builder(name)).
+    Returns: the model. Its attribute `made_by` holds these arguments.
     Raises: AttnnasError for an unknown name or option, and for a package that the model needs and
         that is missing; it names the package.
     """
     build = builder(name)
-    try: return build(num_classes, **options)
+    try: model = build(num_classes, **options)
     except TypeError as error:
         raise AttnnasError(f"Model {name!r} cannot be made so: {error}. "
                            f"help(builder({name!r})) names the options.") from error
     except ModuleNotFoundError as error:
         raise AttnnasError(f"Model {name!r} needs the package {error.name}: "
                            "pip install 'attnnas[models]'.") from error
+    model.made_by = {"name": name, "num_classes": num_classes, "options": options}
+    return model
 
 # %% ../../nbs/networks/10_registry.ipynb #74b0fe00
 def describe_models(pattern: str = "*") -> dict[str, str]:
