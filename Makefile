@@ -59,7 +59,7 @@ clean:  ## Remove what builds and tests leave behind; .venv and results stay
 	  echo "Installing into .venv: about 2 minutes and 5.5 GB, once."; \
 	  "$(PYTHON)" -m venv .venv && touch .venv/unfinished; fi
 	@$(PINNED) setuptools wheel
-	@$(PINNED) --no-build-isolation -e ".[notebooks,models,search,video,distributed,dev]"
+	@$(PINNED) --no-build-isolation -e ".[notebooks,models,search,video,distributed,export,watch,hub,dev]"
 	@rm -f .venv/unfinished && touch $@
 
 .venv/installed-docs: .venv/installed
