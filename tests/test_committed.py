@@ -9,7 +9,7 @@ from attnnas.evidence.config import tiers
 from forks import forked_kernels
 
 RESULTS = Path(__file__).parent.parent / "results"
-MADE = {"quick": ["table_0_benchmark", "table_1_composed", "table_1_nonlocal", "table_2_modalities", "table_3_backbones", "table_4_datasets", "table_6_searches",
+MADE = {"quick": ["table_0_benchmark", "table_1_composed", "table_1_nonlocal", "table_2_modalities", "table_3_backbones", "table_4_datasets", "table_6_searches", "figure_composed_attention",
                   "figure_visual_attention", "figure_two_stream"], "full": ["table_1_nonlocal"]}
 OTHERWISE = {"ablation_search", "table_5_state_of_the_art"}     # rebuilt in test_experiments.py; counted, not trained
 

@@ -1,5 +1,8 @@
 """Composed tasks: what their clips show and hide, how they are run, and how a table counts what was solved."""
 import dataclasses
+import itertools
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +19,11 @@ from attnnas.evidence.config import RunConfig, load_tier
 from attnnas.evidence.insertions import NonLocal
 from attnnas.evidence.sources import Generated, source_of
 from attnnas.evidence.store import RunRecord
+from attnnas.evidence.tables.composed_attention import marks, preferences
 from attnnas.evidence.tables.rows import Row
 from attnnas.evidence.tables.table_1_composed import (SPATIAL, TEMPORAL, SOLVED, chain, compare_shares, counted_row,
                                                       found_sentences, in_words, solved, table_1_composed)
+from attnnas.figures.attention import Seen
 from attnnas.networks.non_local import NonLocalBlock
 from attnnas.networks.registry import create_model
 from attnnas.search.methods import search_config
@@ -198,3 +203,26 @@ def test_claims_name_every_data_set():
     assert lines["a searched cell is better than non-local blocks"] == lines["a searched cell is better than nothing"] == "held"
     assert lines["a cell searched on another task solves it"] == "not run"
     assert "table_1_composed" in TABLES
+
+
+@pytest.mark.parametrize("dimension", ["spatial", "temporal", "spatiotemporal"])
+def test_preferences_are_those_of_a_loop_over_queries_and_keys(dimension):
+    "If this fails, the figure of what found cells attend to says something else than their weights."
+    clips = make_clips(benchmark("composed-place-relation"), "test", 3)
+    held = marks(clips.factors["tokens"])
+    torch.manual_seed(0)
+    operation = SimpleNamespace(weights=lambda x, queries: drawn)
+    axes = {"spatial": (4, 4), "temporal": (16,), "spatiotemporal": (16, 4, 4)}[dimension]
+    keys = math.prod(axes)
+    drawn = torch.rand(3, keys, keys).softmax(-1)
+    found = preferences(Seen(SimpleNamespace(dimension=dimension), operation, torch.zeros(3, 1, 16, 4, 4)), held)
+
+    def place(t, y, x): return {"spatial": 4 * y + x, "temporal": t, "spatiotemporal": 16 * t + 4 * y + x}[dimension]
+
+    cells = list(itertools.product(range(16), range(4), range(4)))
+    asks, what = "target's pictures", "decoys' badges"
+    totals = []
+    for n in range(3):
+        for query in sorted({place(*cell) for cell in cells if held[asks][n][cell]}):
+            totals.append(sum(drawn[n, query, place(*cell)] * keys / 256 for cell in cells if held[what][n][cell]))
+    assert found[asks][what] == pytest.approx((torch.stack(totals).mean() / held[what].double().mean()).item(), rel=1e-5)

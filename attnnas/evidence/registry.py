@@ -10,13 +10,14 @@ from ..core.errors import choose
 from .ablation import ablation_search
 from .claims import TABLES
 from .config import Tier
+from .tables.composed_attention import figure_composed_attention
 from .tables.figures import (figure_attention_maps, figure_cells, figure_two_stream,
                                              figure_visual_attention, table_5_state_of_the_art)
 
 # %% ../../nbs/evidence/09_registry.ipynb #bac031f2
 FIGURES = {figure.name: figure for figure in (
     table_5_state_of_the_art, ablation_search, figure_cells, figure_attention_maps,
-    figure_visual_attention, figure_two_stream)}
+    figure_composed_attention, figure_visual_attention, figure_two_stream)}
 EVIDENCE = TABLES | FIGURES
 
 
