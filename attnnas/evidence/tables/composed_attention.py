@@ -169,8 +169,9 @@ def _twice(asked) -> list:
             there = runs.drop(columns=list(side)).mean(axis=1)
             ratio = here / there.clip(lower=1e-9)
             kept[what] = int(((ratio >= 2) | (ratio <= .5)).sum())
-        told = "; between ".join(f"{what} in {count} of {len(runs)}" for what, count in kept.items())
-        lines.append(f"- {data}, operation {number} tells apart by a factor of two: between {told}.")
+        told = [f"between {what} in {count} of {len(runs)}" for what, count in kept.items()]
+        lines.append(f"- {data}, operation {number} tells apart by a factor of two: "
+                     f"{'; '.join(told)}.")
     return lines
 
 # %% ../../../nbs/evidence/tables/16_composed_attention.ipynb #c1ca7d7c
