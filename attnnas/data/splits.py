@@ -152,11 +152,14 @@ def _deal_class(label: str, sizes: dict, shares: dict, seed: int, split_of: dict
 
 
 def _take(free: list, sizes: dict, wanted: int) -> list:
-    "Return groups that come to `wanted` videos or a little less; one of them stays free."
+    "Return groups that come close to `wanted` videos; at least one group stays free."
     taken = []
+    held = 0
     for group in free:
-        held = sum(sizes[name] for name in taken)
-        if held + sizes[group] <= wanted and len(taken) + 1 < len(free): taken.append(group)
+        closer = abs(held + sizes[group] - wanted) < abs(held - wanted)
+        if not closer or len(taken) + 1 == len(free): continue
+        taken.append(group)
+        held += sizes[group]
     if taken or len(free) < 2: return taken
     return [min(free, key=sizes.get)]
 
@@ -314,7 +317,8 @@ class Splits(dict):
                            "on without:", *lost]
         for split, look in looks.items():
             if look.short:
-                lines.append(f"{split}: {_number(look.short, 'video')} shorter than the "
+                are = "is" if look.short == 1 else "are"
+                lines.append(f"{split}: {_number(look.short, 'video')} {are} shorter than the "
                              f"{look.needed} frames that a clip reaches over (the shortest has "
                              f"{look.shortest}): from the last frame they go on with the first.")
         self._refuse_empty()
@@ -326,7 +330,7 @@ class Splits(dict):
         text = f"{classes} classes; videos: {parts}."
         if classes == 1: text += " There is only one class: nothing is to be told apart."
         if not self.made: return text
-        return (f"{text} Made here: {' and '.join(self.made)}, with seed {self.seed}; clips of one "
+        return (f"{text} Made here: {' and '.join(sorted(self.made, reverse=True))}, with seed {self.seed}; clips of one "
                 "video stay together.")
 
     def _left_out(self) -> list:
