@@ -77,11 +77,12 @@ def _of_one_class(rows: list) -> list:
             for row in rows]
 
 # %% ../../nbs/data/25_lists.ipynb #325db197
-def table_of(folder, endings: tuple = VIDEOS) -> Path | None:
+def table_of(folder, endings: tuple = VIDEOS, beside: bool = True) -> Path | None:
     """Return the table that says what the videos of a folder show, if there is one.
 
     It lies in the folder, or beside it under the folder's name or as labels.csv. It has columns
     for path and label.
+    beside: whether one beside the folder counts.
     Raises: AttnnasError where several in the folder might be it.
     """
     folder = Path(folder).absolute()
@@ -90,8 +91,9 @@ def table_of(folder, endings: tuple = VIDEOS) -> Path | None:
         names = ", ".join(path.name for path in inside)
         raise AttnnasError(f"{folder} holds several tables of videos: {names}. Give the path of "
                            "the one that counts, or remove the others.")
-    beside = [folder.parent / name for name in (f"{folder.name}.csv", "labels.csv")]
-    return next((path for path in inside + beside if _says_labels(path, endings)), None)
+    names = (f"{folder.name}.csv", "labels.csv") if beside else ()
+    around = [folder.parent / name for name in names]
+    return next((path for path in inside + around if _says_labels(path, endings)), None)
 
 
 def _header(path: Path) -> list:
@@ -132,7 +134,7 @@ def open_videos(place, split: str = "all", endings: tuple = VIDEOS) -> Manifest:
     media = files_below(place, endings).media
     tops = {path.split("/")[0] if "/" in path else "" for path in media}
     if len(tops) > 1 or any(map(names_split, tops)): return open_manifest(place, split, endings)
-    table = table_of(place, endings)
+    table = table_of(place, endings, beside=tops == {""})
     if table: return listed_manifest(table, place, endings)
     if tops != {""}: return open_manifest(place, split, endings)
     raise AttnnasError(f"{place} holds {len(media)} files, and nothing says what they show. Put "

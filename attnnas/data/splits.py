@@ -330,8 +330,9 @@ class Splits(dict):
         text = f"{classes} classes; videos: {parts}."
         if classes == 1: text += " There is only one class: nothing is to be told apart."
         if not self.made: return text
-        return (f"{text} Made here: {' and '.join(sorted(self.made, reverse=True))}, with seed {self.seed}; clips of one "
-                "video stay together.")
+        made = " and ".join(sorted(self.made, reverse=True))
+        return (f"{text} Made here: {made}, with seed {self.seed}; clips of one video stay "
+                "together.")
 
     def _left_out(self) -> list:
         "Say what lies there and is no video of a class, and which videos stand in two splits."
