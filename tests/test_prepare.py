@@ -59,10 +59,20 @@ PUBLISHED = {   # what the papers and the official lists say
     "hmdb51": (51, {"train1": 3570, "test1": 1530, "train2": 3570, "test2": 1530, "train3": 3570, "test3": 1530}),
 }
 
+IN_THE_SAME_FORMATS = {
+    "kinetics400": (400, {"train": 246245, "validation": 20000, "test": 40000}),        # arXiv 1808.01340, table 1
+    "kinetics700": (700, {"train": 545317, "validation": 35000, "test": 70000}),        # arXiv 1907.06987, table 1
+    "kinetics700_2020": (700, {}),                                                      # arXiv 2010.10864 gives none a split
+    "ssv1": (174, {"train": 86017, "validation": 11522, "test": 10960}),
+    "ssv2": (174, {"train": 168913, "validation": 24777, "test": 27157}),
+}
+
 
 def test_official_counts_are_the_published_ones():
     "If this fails, a summary compares what was found with a wrong number."
-    assert {name: (data.classes, data.official) for name, data in DATASETS.items()} == PUBLISHED
+    assert {name: (data.classes, data.official) for name, data in DATASETS.items()} == PUBLISHED | IN_THE_SAME_FORMATS
+    totals = {name: sum(official.values()) for name, (_, official) in IN_THE_SAME_FORMATS.items()}
+    assert totals == {"kinetics400": 306245, "kinetics700": 650317, "kinetics700_2020": 0, "ssv1": 108499, "ssv2": 220847}
     counts = {name: official for name, (_, official) in PUBLISHED.items()}
     assert counts["kinetics600"]["validation"] == 600 * 50 and counts["kinetics600"]["test"] == 600 * 100
     assert counts["mit"]["validation"] == 339 * 100 and counts["mit2"]["validation"] == 305 * 100

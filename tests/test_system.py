@@ -27,7 +27,7 @@ for module in pkgutil.walk_packages(attnnas.__path__, "attnnas."):
     if not module.name.endswith("attention.triton"): importlib.import_module(module.name)
 from attnnas.core.devices import peak_memory
 from attnnas.core.system import core_count
-from attnnas.evidence.sources import readers
+from attnnas.data.splits import readers
 import torch
 assert core_count() == os.cpu_count() and readers() >= 1 and peak_memory(torch.device("cpu")) is None
 from attnnas.core.errors import AttnnasError

@@ -150,7 +150,7 @@ def left_over(listed: Iterable[Listed], rows: list, folder, endings: tuple = VID
     rows: what `locate` made of it.
     endings: of the files that count.
     """
-    left_out = [LeftOut(video.key, "bad row", video.fault) for video in listed if video.fault]
+    left_out = [LeftOut(video.key, video.reason, video.fault) for video in listed if video.fault]
     files = files_below(folder, endings)
     left_out += [LeftOut(path, "no access", "a folder") for path in files.closed]
     taken = {row.path for row in rows if row.status == "unchecked"}

@@ -37,8 +37,17 @@ class ClipConfig:
     time_limit: float = option(30., "seconds after which a video is given up", minimum=.1,
                                maximum=10**6)
     verify: bool = option(True, "compare each file with its hash in the manifest")
+    jitter: float = option(0., "training: the largest share by which a clip's colours change; "
+                           "0: they stay", minimum=0, maximum=1, added=True)
 
     def __post_init__(self): check(self)
+
+    @property
+    def preprocessing(self) -> dict:
+        "The fields that decide what a network is given in a test, as plain values."
+        names = ["frames", "stride", "size", "stream"]
+        if self.stream != "rgb": names.append("bound")
+        return {name: getattr(self, name) for name in names}
 
 
 TEST = ClipConfig(frames=250, size=256)     # one view of 250 frames [fitted]
@@ -74,10 +83,18 @@ def as_pictures(video: Tensor | None, flow: Tensor | None) -> dict:
 
 
 def training_transform(config: ClipConfig):
-    "Return torchvision's random crop, resized to `config.size`, and its mirror."
+    """Return torchvision's random crop, resized to `config.size`, its mirror, and the jitter.
+
+    Brightness, contrast and saturation change by up to `config.jitter`, the hue by up to a quarter
+    of it. [choice, in the proportions of SimCLR, Chen et al. 2020, appendix A] Flow has no colours
+    and stays.
+    """
     from torchvision.transforms import v2
     crop = v2.RandomResizedCrop(config.size, scale=(config.area, 1.), antialias=True)
-    return v2.Compose([crop, v2.RandomHorizontalFlip(.5 if config.mirror else 0.)])
+    steps = [crop, v2.RandomHorizontalFlip(.5 if config.mirror else 0.)]
+    share = config.jitter
+    if share: steps.append(v2.ColorJitter(share, share, share, share / 4))
+    return v2.Compose(steps)
 
 
 def fixed_crops(pictures: dict, config: ClipConfig) -> list:

@@ -281,17 +281,14 @@ def _splits(folder: Path, tops: list, media: list) -> list:
 
 # %% ../../nbs/data/11_layout.ipynb #ae386525
 def open_manifest(place, split: str, endings: tuple = VIDEOS) -> Manifest:
-    """Return the manifest that `place` is, or that lies there, or that a folder stands for.
+    """Return the manifest that a folder of classes stands for.
 
-    place: a Manifest; the path of one (.csv); or a folder of classes.
-    split: the split of a folder whose rows are needed; its classes are those of "train", where
-        there is a "train".
-    endings: of a folder's files that count.
+    place: the folder.
+    split: the split whose rows are needed; its classes are those of "train", where there is one.
+    endings: of the files that count.
     Raises: AttnnasError where something is missing, or a split has a class that "train" lacks.
     """
-    if isinstance(place, Manifest): return place
     place = Path(place)
-    if place.suffix == ".csv" and not place.is_dir(): return Manifest.load(place)
     flat = split == "all" and not (place / "all").is_dir()
     if flat: return folder_manifest(place, endings)
     folders = class_folders(place, split)

@@ -25,6 +25,8 @@ class Listed:
     also: another name that its file may have, one that other listed videos may share.
     seconds: how long the video is as it is listed; 0, where that is not known.
     fault: why the row cannot be used, if it cannot; `key` then is the row's place.
+    reason: the fault in a word or two, by which such rows are counted.
+    group: what the video was cut from; "", where the list does not say.
     """
     key: str
     label: str
@@ -32,6 +34,8 @@ class Listed:
     also: str = ""
     seconds: float = field(default=0., compare=False)
     fault: str = ""
+    reason: str = field(default="bad row", compare=False)
+    group: str = field(default="", compare=False)
 
 # %% ../../nbs/data/07_matching.ipynb #0628ef88
 class Match(NamedTuple):
