@@ -177,13 +177,14 @@ class InceptionVideo(Backbone):
     head: "linear", or "mlp" [choice] with one hidden ReLU layer as wide as its input; both follow
         global average pooling.
     separable_stem: whether S3D's stem is separated as well.
+    dropout: probability before the head [choice: none].
     Attributes: those of Backbone, `layers` (names, in order), `head`.
     Raises: AttnnasError for an unknown or contradictory option, and for an input of another shape.
     Sources: Carreira and Zisserman 2017; Xie et al. 2018, without gating.
     """
     def __init__(self, num_classes: int, separable: bool, layout: str = "full",
                  width_multiplier: float = 1.0, in_channels: int = 3, head: str = "linear",
-                 separable_stem: bool = False):
+                 separable_stem: bool = False, dropout: float = 0.0):
         plan, clip, sites = choose(layout, LAYOUTS, "layout")
         make_head, class_layers = choose(head, HEADS, "head")
         super().__init__(in_channels, clip, default_sites=sites, class_layers=class_layers)
@@ -192,6 +193,9 @@ class InceptionVideo(Backbone):
                                "Use an S3D.")
         if width_multiplier <= 0:
             raise AttnnasError(f"width_multiplier must be above 0, got {width_multiplier}.")
+        if not 0 <= dropout < 1:
+            raise AttnnasError(f"dropout must be at least 0 and below 1, got {dropout!r}.")
+        self.dropout = dropout
         self.layers = tuple(plan)
         channels = in_channels
         for name, numbers in plan.items():
@@ -204,7 +208,9 @@ class InceptionVideo(Backbone):
         # Convolution and pooling are about twice as fast so on a CPU. Elsewhere the layout stays.
         if x.device.type == "cpu": x = x.contiguous(memory_format=torch.channels_last_3d)
         for name in self.layers: x = getattr(self, name)(x)
-        return self.head(x.mean((2, 3, 4)))
+        x = x.mean((2, 3, 4))
+        if self.dropout: x = F.dropout(x, self.dropout, self.training)
+        return self.head(x)
 
 # %% ../../nbs/networks/04_inception.ipynb #1c2b838b
 def _layer(name, numbers, channels, width_multiplier, separable,

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..core.errors import AttnnasError
 from ..data.clips import Views, read_views, to_float
+from .precision import as_scores, autocast
 from .processes import ALONE, OneProcess
 
 # %% ../../nbs/training/03_evaluation.ipynb #4c800b4b
@@ -31,7 +32,7 @@ class ClassScores(NamedTuple):
 
 @torch.no_grad()
 def class_scores(model: nn.Module, clips, batch_size: int = 64, device="cpu",
-                 processes: OneProcess = ALONE) -> ClassScores:
+                 processes: OneProcess = ALONE, precision: str = "fp32") -> ClassScores:
     """Compute the class scores of all clips that can be read, the uneven last batch included.
 
     Scores are the mean over the views of a clip, before the softmax [choice]. The model is put in
@@ -42,6 +43,7 @@ def class_scores(model: nn.Module, clips, batch_size: int = 64, device="cpu",
     batch_size: clips a batch.
     device: where the model is.
     processes: those that share the batches; each returns all scores.
+    precision: what the network computes in, as in `autocast`; the scores are float32 in any.
     Returns: the scores of the clips that can be read.
     Raises: AttnnasError where there is no clip, or none that can be read.
     """
@@ -52,7 +54,8 @@ def class_scores(model: nn.Module, clips, batch_size: int = 64, device="cpu",
     model.eval()
     try:
         with closing(read_views(clips, parts)) as batches:
-            found = [batch and _scores_of(model, batch, device) for batch in batches]
+            found = [batch and _scores_of(model, batch, device, precision)
+                     for batch in batches]
     finally: model.train(training)
     found = [part for part in in_turns(processes.gather(found)) if part]
     share_losses(clips, processes)
@@ -73,9 +76,10 @@ def share_losses(clips, processes: OneProcess = ALONE):
     for lost in processes.gather(clips.lost): clips.lost |= lost
 
 
-def _scores_of(model: nn.Module, batch: Views, device) -> ClassScores:
+def _scores_of(model: nn.Module, batch: Views, device, precision: str) -> ClassScores:
     views = batch.video.shape[1]
-    scores = model(to_float(batch.video.flatten(0, 1).to(device)))
+    video = to_float(batch.video.flatten(0, 1).to(device))
+    with autocast(precision, device): scores = as_scores(model(video))
     if views > 1: scores = scores.unflatten(0, (-1, views)).mean(1)
     return ClassScores(batch.rows, scores.cpu())
 
@@ -91,14 +95,14 @@ def in_turns(parts: list) -> list:
 
 # %% ../../nbs/training/03_evaluation.ipynb #368b719e
 def predict(model: nn.Module, clips, batch_size: int = 64, device="cpu",
-            processes: OneProcess = ALONE) -> torch.Tensor:
+            processes: OneProcess = ALONE, precision: str = "fp32") -> torch.Tensor:
     """Compute the class scores of all clips.
 
     The arguments are those of `class_scores`.
     Returns: class scores (N, classes) in the clips' order, on the CPU.
     Raises: AttnnasError where a clip cannot be read, and as `class_scores`.
     """
-    found = class_scores(model, clips, batch_size, device, processes)
+    found = class_scores(model, clips, batch_size, device, processes, precision)
     missing = len(clips) - len(found.rows)
     if missing: raise AttnnasError(f"{missing} of {len(clips)} clips could not be read.")
     return found.scores
@@ -139,7 +143,7 @@ def score(scores: torch.Tensor, labels: torch.Tensor, groups: dict) -> dict:
 
 # %% ../../nbs/training/03_evaluation.ipynb #cd18e832
 def evaluate(model: nn.Module, clips, batch_size: int = 64, device="cpu",
-             processes: OneProcess = ALONE) -> dict:
+             processes: OneProcess = ALONE, precision: str = "fp32") -> dict:
     """Compute the metrics of a network on the clips that can be read.
 
     The arguments are those of `class_scores`.
@@ -147,7 +151,7 @@ def evaluate(model: nn.Module, clips, batch_size: int = 64, device="cpu",
         "unreadable", {reason: how many}, and "data", its summary.
     Raises: Diverged, and as `class_scores`.
     """
-    rows, scores = class_scores(model, clips, batch_size, device, processes)
+    rows, scores = class_scores(model, clips, batch_size, device, processes, precision)
     groups = {name: np.asarray(column)[rows.numpy()] for name, column in clips.groups.items()}
     found = score(scores, clips.labels[rows], groups)
     if not hasattr(clips, "lost"): return found

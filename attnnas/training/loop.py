@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STOPPING', 'FIRST_STEPS', 'RISEN', 'POSITION', 'TrainingConfig', 'epoch_order', 'rate', 'Interrupted', 'StopFlag',
-           'divergence', 'make_optimizer', 'Scored', 'classify', 'train_step', 'AnotherTraining', 'Trainer']
+           'divergence', 'make_optimizer', 'Scored', 'classify', 'smoothed', 'train_step', 'AnotherTraining',
+           'parts_of', 'Trainer']
 
 # %% ../../nbs/training/04_loop.ipynb #c03672f0
 import math
@@ -12,8 +13,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +29,12 @@ from ..core.options import check, differences, option, to_plain
 from ..core.seeds import generator
 from ..data.clips import read_ahead, to_float
 from ..networks.dry_run import DryRun
+from .averages import Average, Best, best_epoch
 from .checkpoint import load_checkpoint, save_checkpoint
 from .evaluation import Diverged, evaluate, share_losses
+from .memory import Checkpointed
+from .parts import Frozen, Part, backbone_modules, own_parameters
+from .precision import PRECISIONS, SINGLE, TF32, Precision, as_scores, tf32
 from .processes import ALONE, OneProcess
 
 # %% ../../nbs/training/04_loop.ipynb #d2b200a9
@@ -47,12 +54,43 @@ class TrainingConfig:
     micro_batch: int = option(0, "clips that go through the network at once, on all devices "
                               "together; 0: a whole batch", minimum=0, maximum=10**6)
 
+    nesterov: bool = option(False, "Nesterov's momentum, for sgd", added=True,
+                            when={"optimizer": ("sgd",)})
+    label_smoothing: float = option(0.0, "share of a label that is spread over all classes",
+                                    minimum=0, maximum=0.999, added=True)
+    ema: float = option(0.0, "decay of a moving average of the weights, which is validated and "
+                        "kept, such as 0.999; 0: none", minimum=0, maximum=0.999999, added=True)
+    precision: str = option("fp32", "what the network computes in: bf16 and fp16 by autocast, fp16 "
+                            "with a scaled loss", choices=tuple(PRECISIONS), added=True)
+    tf32: str = option("default", "whether a GPU may round float32 factors to 11 bits; default: "
+                       "as PyTorch has it", choices=TF32, added=True)
+    freeze: tuple = option((), "what does not learn: names of modules; backbone: all but cells "
+                           "and head", added=True)
+    backbone_rate: float = option(1.0, "factor on the learning rate of the backbone; cells and "
+                                  "head have the whole rate", minimum=0, maximum=1e3, added=True)
+    patience: int = option(0, "epochs without a better validation after which training ends; "
+                           "0: never", minimum=0, maximum=10**6, added=True)
+    keep_best: bool = option(False, "end with the weights of the best epoch on validation clips",
+                             added=True)
+    checkpointing: bool = option(False, "compute the backbone's feature maps again in the backward "
+                                 "pass: the same numbers in less memory", added=True)
+    compile: bool = option(False, "compile the network for its training steps", added=True)
+
     @property
     def at_once(self) -> int:
         "Return how many clips go through the network at once."
         return self.micro_batch or self.batch_size
 
-    def __post_init__(self): check(self)
+    def __post_init__(self):
+        names = (self.freeze,) if isinstance(self.freeze, str) else self.freeze
+        # "" and () freeze nothing, and are one configuration.
+        if isinstance(names, (tuple, list)): names = tuple(name for name in names if name != "")
+        object.__setattr__(self, "freeze", names)
+        check(self)
+        wrong = [name for name in names if not isinstance(name, str)]
+        if wrong: raise AttnnasError(f"freeze = {names!r}: expected names of modules.")
+        if self.optimizer == "sgd" and self.nesterov and not self.momentum:
+            raise AttnnasError("nesterov needs a momentum above 0; got momentum = 0.")
 
 # %% ../../nbs/training/04_loop.ipynb #cc2ec888
 def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
@@ -133,26 +171,40 @@ def divergence(epoch: int, loss: float, start: float) -> str | None:
     return None
 
 # %% ../../nbs/training/04_loop.ipynb #f84c1bb9
-def make_optimizer(model: nn.Module, config: TrainingConfig,
-                   own_rates=()) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: TrainingConfig, own_rates=(),
+                   still=()) -> torch.optim.Optimizer:
     """Make the optimizer of a network.
 
     model: the network.
     config: the options of the training.
     own_rates: (parameters, peak learning rate) of what has a rate of its own; default: nothing.
+    still: parameters that do not learn; default: none.
     Returns: an optimizer whose first group is the network, and which has one more group for each of
-        `own_rates`.
+        `own_rates`, and a last one for a backbone with a rate of its own.
     """
-    own = {id(parameter) for parameters, _ in own_rates for parameter in parameters}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in own]
+    taken = {id(parameter) for parameters, _ in own_rates for parameter in parameters}
+    taken |= {id(parameter) for parameter in still}
+    free = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+    slow = set()
+    if config.backbone_rate != 1: slow = set(map(id, own_parameters(backbone_modules(model))))
+    others = [parameter for parameter in free if id(parameter) not in slow]
     groups = [{"params": others, "peak": config.learning_rate}]
     for parameters, peak in own_rates:
         groups.append({"params": list(parameters), "peak": peak, "weight_decay": 0.0})
+    backbone = [parameter for parameter in free if id(parameter) in slow]
+    peak = config.learning_rate * config.backbone_rate
+    if backbone: groups.append({"params": backbone, "peak": peak, "clip": True})
     common = {"lr": 0.0, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, **common)
+        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **common)
     # foreach gives the same bits; without it a CPU takes one parameter after the other.
     return torch.optim.AdamW(groups, foreach=True, **common)
+
+
+def _clipped(optimizer: torch.optim.Optimizer) -> list:
+    "The parameters that share the gradient clip: the first group, and a backbone of its own."
+    return [parameter for i, group in enumerate(optimizer.param_groups)
+            if i == 0 or group.get("clip") for parameter in group["params"]]
 
 # %% ../../nbs/training/04_loop.ipynb #8f18d171
 class Scored(NamedTuple):
@@ -165,42 +217,62 @@ class Scored(NamedTuple):
     loss: torch.Tensor
 
 # %% ../../nbs/training/04_loop.ipynb #888c0a53
-def classify(model: nn.Module, video: torch.Tensor, labels: torch.Tensor) -> Scored:
+def classify(model: nn.Module, video: torch.Tensor, labels: torch.Tensor,
+             smoothing: float = 0.0) -> Scored:
     """Compute the cross-entropy of a classifier.
 
     model: the network.
     video: clips, uint8 (B, C, T, H, W).
     labels: int64 (B,).
+    smoothing: the share of a label that is spread over all classes.
     """
-    scores = model(to_float(video))
-    return Scored(scores, F.cross_entropy(scores, labels))
+    scores = as_scores(model(to_float(video)))
+    return Scored(scores, F.cross_entropy(scores, labels, label_smoothing=smoothing))
 
 # %% ../../nbs/training/04_loop.ipynb #8f5e325a
+def smoothed(loss: Callable, smoothing: float) -> Callable:
+    """Give a loss function its label smoothing.
+
+    loss: as in `train_step`; it may take smoothing= besides.
+    smoothing: the share of a label that is spread over all classes; 0 asks nothing of the loss.
+    Raises: AttnnasError for a loss that cannot do it.
+    """
+    if not smoothing: return loss
+    if "smoothing" in signature(loss).parameters: return partial(loss, smoothing=smoothing)
+    name = getattr(loss, "__name__", type(loss).__name__)
+    raise AttnnasError(f"label_smoothing = {smoothing}: the loss {name} does not take "
+                       "smoothing=. Set label_smoothing to 0, or give it that argument.")
+
+# %% ../../nbs/training/04_loop.ipynb #0ccf6bf1
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, parts, count: int,
                factor: float, clip_norm: float, loss: Callable = classify,
-               processes: OneProcess = ALONE) -> torch.Tensor:
-    """Make one update.
+               processes: OneProcess = ALONE, precision: Precision = SINGLE) -> torch.Tensor:
+    """Make one update. It is left out where a gradient is not finite in fp16.
 
     model: the network, in training mode.
     optimizer: what `make_optimizer` made of it.
     parts: (video, labels) of this process, one for each micro-batch.
     count: the clips of the step, in all processes.
     factor: what the peak learning rates are multiplied by.
-    clip_norm: the largest norm of the gradient of the first group's parameters; 0: any.
+    clip_norm: the largest norm of the gradient of the network's parameters; 0: any.
     loss: loss(model, video, labels) gives Scored; default: `classify`.
     processes: those that share the step; default: this one alone.
+    precision: what the step computes in; default: float32.
     Returns: the sums of loss, hits and clips over all processes, float64 (3,), on the device.
     """
+    scaler = precision.scaler
     for group in optimizer.param_groups: group["lr"] = group["peak"] * factor
     optimizer.zero_grad(set_to_none=True)
     sums = 0
     for video, labels in parts:
-        with processes.as_one(): scores, mean = loss(model, video, labels)
-        (mean * (len(labels) / count)).backward()
+        with processes.as_one(), precision.autocast(): scores, mean = loss(model, video, labels)
+        scaler.scale(mean * (len(labels) / count)).backward()
         sums = sums + _sums_of(scores.detach(), mean.detach(), labels)
     processes.sum_gradients(model.parameters())
-    if clip_norm: nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip_norm)
-    optimizer.step()
+    scaler.unscale_(optimizer)
+    if clip_norm: nn.utils.clip_grad_norm_(_clipped(optimizer), clip_norm)
+    scaler.step(optimizer)
+    scaler.update()
     return processes.sum(sums)
 
 # %% ../../nbs/training/04_loop.ipynb #5b263e18
@@ -216,7 +288,7 @@ def _exact(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 # %% ../../nbs/training/04_loop.ipynb #893d87b1
-POSITION = ("step", "history", "diverged", "start_loss", "seconds")
+POSITION = ("step", "history", "diverged", "start_loss", "seconds", "epoch_seconds")
 
 
 class AnotherTraining(AttnnasError):
@@ -238,6 +310,36 @@ def _needs_two(model: nn.Module, clips) -> bool:
     return False
 
 # %% ../../nbs/training/04_loop.ipynb #24046834
+def parts_of(model: nn.Module, config: TrainingConfig,
+             processes: OneProcess = ALONE) -> list[Part]:
+    """List what a recipe adds to the training of a network, in the order in which it acts.
+
+    model: the network, on its device.
+    config: the options of the training.
+    processes: those that share each batch.
+    Raises: AttnnasError for an option that does not fit the network.
+    """
+    parts = []
+    if config.freeze: parts.append(Frozen(model, config.freeze))
+    if config.checkpointing: parts.append(Checkpointed(model, processes))
+    if config.ema: parts.append(Average(model, config.ema))
+    if config.keep_best: parts.append(Best(model))
+    return parts
+
+# %% ../../nbs/training/04_loop.ipynb #8c9f81f9
+def _check_recipe(config: TrainingConfig, validation, processes: OneProcess):
+    "Raise AttnnasError for options that need what is not there."
+    watches = [name for name in ("patience", "keep_best") if getattr(config, name)]
+    if watches and validation is None:
+        raise AttnnasError(f"{watches[0]} looks at validation clips, and there are none. Give "
+                           "validation clips, or leave the option out.")
+    if not config.compile: return
+    if config.checkpointing:
+        raise AttnnasError("compile and checkpointing do not go together; choose one of them.")
+    if processes.count > 1:
+        raise AttnnasError(f"compile is for one process, and there are {processes.count}.")
+
+# %% ../../nbs/training/04_loop.ipynb #d6117ee8
 class Trainer:
     """Train a network, and know how far the training is.
 
@@ -256,15 +358,17 @@ class Trainer:
     observe: observe(model) gives a dictionary that joins each epoch's metrics; default: nothing.
     progress: progress(step, steps) is called after each step.
     processes: those that share each batch; they have the same model to begin with.
+    on_epoch: on_epoch(metrics) is called after each epoch; default: nothing is.
     Raises: AttnnasError where a batch leaves a process without a clip, or has a single clip with
-        which the network cannot be trained.
+        which the network cannot be trained, and for an option that does not fit.
     """
 
     def __init__(self, model: nn.Module, clips, config: TrainingConfig = TrainingConfig(), *,
                  seed: int = 0, device="cpu", validation=None, checkpoint=None,
                  checkpoint_seconds: float = 30, own_rates=(), loss: Callable = classify,
                  observe: Callable | None = None, progress: Callable | None = None,
-                 processes: OneProcess = ALONE):
+                 processes: OneProcess = ALONE, on_epoch: Callable | None = None):
+        _check_recipe(config, validation, processes)
         self.model = model.to(device)
         self.clips = clips
         self.config = config
@@ -273,11 +377,16 @@ class Trainer:
         self.validation = validation
         self.checkpoint = checkpoint and Path(checkpoint)
         self.checkpoint_seconds = checkpoint_seconds
-        self.loss = loss
+        self.loss = smoothed(loss, config.label_smoothing)
         self.observe = observe
         self.progress = progress
         self.processes = processes
-        self.optimizer = make_optimizer(model, config, own_rates)
+        self.on_epoch = on_epoch
+        self.precision = Precision(config.precision, device)
+        self.parts = parts_of(model, config, processes)
+        still = [p for part in self.parts if isinstance(part, Frozen) for p in part.parameters]
+        self.optimizer = make_optimizer(model, config, own_rates, still)
+        self.run = torch.compile(model) if config.compile else model
         self.steps_per_epoch = math.ceil(len(clips) / config.batch_size)
         self.steps = config.epochs * self.steps_per_epoch
         self.step = 0
@@ -285,6 +394,7 @@ class Trainer:
         self.diverged = None
         self.start_loss = None
         self.seconds = {"wall": 0.0, "cpu": 0.0}
+        self.epoch_seconds = []
         # Sums of loss, hits and clips of the current epoch.
         self.totals = _exact(torch.zeros(3, device=device))
         self._check_batches()
@@ -303,15 +413,29 @@ class Trainer:
                 raise AnotherTraining(f"{self.checkpoint}: {error}") from None
         self._clock = time.perf_counter(), time.process_time()
         self._saved = time.perf_counter()
-        with StopFlag() as stop:
-            while self.step < self.steps and not self.diverged:
+        with StopFlag() as stop, self._at_work():
+            while not self.has_ended:
                 epoch, position = divmod(self.step, self.steps_per_epoch)
                 order = epoch_order(len(self.clips), self.seed, epoch)
                 self._train(order.split(self.config.batch_size)[position:], epoch, stop)
                 self._end_epoch()
                 self._keep(stop, ended=True)
+        for part in self.parts: part.finish()
         share_losses(self.clips, self.processes)
         return self.history
+
+    @property
+    def best(self) -> int | None:
+        "Return the number of the best epoch on the validation clips so far; None without any."
+        return best_epoch(self.history)
+
+    @property
+    def has_ended(self) -> bool:
+        "Tell whether all steps are done, or the training has diverged or waited long enough."
+        if self.step >= self.steps or self.diverged: return True
+        patience = self.config.patience
+        if not patience or self.best is None: return False
+        return len(self.history) - 1 - self.best >= patience
 
     def train_batch(self, indices: torch.Tensor, videos=None):
         """Make one step.
@@ -320,12 +444,14 @@ class Trainer:
         videos: an iterator over this process's shares of them; default: they are read here.
         """
         self.model.train()
+        for part in self.parts: part.before_step()
         shares = self._shares(indices)
         videos = videos or read_ahead(self.clips, shares)
         factor = rate(self.step, self.steps, self.config.warmup)
-        self.totals += train_step(self.model, self.optimizer, self._parts(shares, videos),
+        self.totals += train_step(self.run, self.optimizer, self._parts(shares, videos),
                                   len(indices), factor, self.config.clip_norm, self.loss,
-                                  self.processes)
+                                  self.processes, self.precision)
+        for part in self.parts: part.after_step()
         self.step += 1
         if self.step == min(FIRST_STEPS, self.steps_per_epoch):
             self.start_loss = (self.totals[0] / self.totals[2]).item()
@@ -347,7 +473,9 @@ class Trainer:
         share_losses(self.clips, self.processes)
         return {"made_for": self.made_for, "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "random": random, "totals": self.totals,
-                "position": position, "lost": getattr(self.clips, "lost", {})}
+                "position": position, "lost": getattr(self.clips, "lost", {}),
+                "scaler": self.precision.scaler.state_dict(),
+                "parts": {part.name: part.state_dict() for part in self.parts}}
 
     def load_state_dict(self, state: dict):
         """Go to where a state was taken.
@@ -364,6 +492,8 @@ class Trainer:
                                   "settings, or another path; or delete it to start afresh.")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if state.get("scaler"): self.precision.scaler.load_state_dict(state["scaler"])
+        for part in self.parts: part.load_state_dict(state["parts"][part.name])
         for name, value in state["position"].items(): setattr(self, name, value)
         self.totals.copy_(state["totals"])
         if state["lost"]: self.clips.lost |= state["lost"]
@@ -371,6 +501,16 @@ class Trainer:
         torch.set_rng_state(random["cpu"])
         same_gpus = len(random["cuda"]) == torch.cuda.device_count()
         if same_gpus: torch.cuda.set_rng_state_all(random["cuda"])
+
+    @contextmanager
+    def _at_work(self):
+        "Open a context in which the parts of the recipe act on the network."
+        with tf32(self.config.tf32):
+            try:
+                for part in self.parts: part.begin()
+                yield
+            finally:
+                for part in self.parts: part.release()
 
     def _train(self, batches, epoch: int, stop: StopFlag):
         "Train the rest of an epoch. Its clips are read ahead, where the source can do that."
@@ -420,11 +560,21 @@ class Trainer:
             try: metrics["validation"] = self._validate()
             except Diverged as error: self.diverged = f"{error} after epoch {epoch}"
         self.history.append(metrics)
+        self._count_seconds()
+        self.epoch_seconds.append(self.seconds["wall"] - sum(self.epoch_seconds))
+        if self.on_epoch and self.processes.rank == 0: self.on_epoch(metrics)
 
     def _validate(self) -> dict:
-        found = evaluate(self.model, self.validation, self.config.at_once, self.device,
-                         self.processes)
-        return {name: found[name] for name in ("loss", "top1", "top5", "count")}
+        "Validate the network as the recipe has it; the parts look at it where it is the best."
+        with ExitStack() as stack:
+            for part in self.parts: stack.enter_context(part.tested())
+            found = evaluate(self.model, self.validation, self.config.at_once, self.device,
+                             self.processes, self.config.precision)
+            found = {name: found[name] for name in ("loss", "top1", "top5", "count")}
+            epoch = len(self.history)
+            is_best = best_epoch([*self.history, {"validation": found}]) == epoch
+            for part in self.parts if is_best else (): part.improved()
+        return found
 
     def _keep(self, stop: StopFlag, ended: bool = False):
         """Save a checkpoint where one is due.

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from ..attention.kernels import wide
 from ..core.devices import pick_device
 from ..core.errors import AttnnasError
 
@@ -70,6 +71,8 @@ def batch_norm_as_one(x, running_mean=None, running_var=None, weight=None, bias=
     from torch.distributed.nn.functional import all_reduce
     if not training:
         return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+    dtype = x.dtype
+    x = x.to(wide(dtype))  # the sums of half precision, among them the count, are float32
     axes = [0, *range(2, x.ndim)]
     count = x.numel() // x.shape[1]
     shape = (1, -1, *[1] * (x.ndim - 2))
@@ -84,7 +87,7 @@ def batch_norm_as_one(x, running_mean=None, running_var=None, weight=None, bias=
             running_var.lerp_(var * total / (total - 1), momentum)
     scale = (var + eps).rsqrt() * (1 if weight is None else weight)
     shifted = centred * scale.view(shape)
-    return shifted if bias is None else shifted + bias.view(shape)
+    return (shifted if bias is None else shifted + bias.view(shape)).to(dtype)
 
 # %% ../../nbs/training/02_processes.ipynb #db71176d
 class _BatchNormAsOne(TorchFunctionMode):

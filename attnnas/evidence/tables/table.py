@@ -98,7 +98,9 @@ def row_runs(tier: Tier, place: dict, kind: Kind, searched: dict, sizes: dict,
     search = sizes.get("search", {}) | methods.get(kind.method, {}) | {"method": kind.method}
 
     def make(place, **what):
-        return tier.run(**place, options=options.get(place["backbone"]), search=search, **what)
+        own = options.get(place["backbone"])  # None: those of the tier's networks
+        if own is not None: what["options"] = own
+        return tier.run(**place, search=search, **what)
 
     runs = []
     for i, seed in enumerate(sizes["seeds"]):
