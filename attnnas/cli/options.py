@@ -40,7 +40,7 @@ def _type(field) -> dict:
     if kind is bool: return {"action": argparse.BooleanOptionalAction}
     choices = CHOICES.get(field.name, field.metadata["choices"]) or None
     if kind in (int, float): return {"type": kind, "choices": choices}
-    return {"nargs": "*", "choices": choices} if kind is tuple else {"choices": choices}
+    return {"nargs": "+", "choices": choices} if kind is tuple else {"choices": choices}
 
 # %% ../../nbs/cli/01_options.ipynb #07d233c2
 def _tier_values() -> dict:
@@ -127,7 +127,8 @@ def runs_from_options(args: argparse.Namespace, searches: bool) -> list:
         command = "search" if said == Search.kind else "train"
         raise AttnnasError(f"The settings are those of a run with insertion {said!r}. Give them to "
                            f"attnnas {command}.")
-    kind = Search.kind if searches else getattr(args, "insertion", None)
+    has_cell = "cell" if "cell" in vars(args) else None
+    kind = Search.kind if searches else getattr(args, "insertion", None) or has_cell
     if kind != said and "kind" in given.get("insertion", {}): given = _of_kind(given, kind)
     seeds = args.seeds or [given.get("seed", 0)]
     twice = [seed for seed in seeds if seeds.count(seed) > 1]

@@ -109,8 +109,15 @@ def run_of(given: dict, kind: str | None = None, results=None) -> RunConfig:
     given = given | {"insertion": insertion}
     if kind == DerivedCell.kind:
         if search is None: search = _run_of(tier, given, Search.kind, 0, None, results)
-        else: search = RunConfig.from_dict(search)
+        else: search = _given_search(search, given)
     return _run_of(tier, given, kind, given.get("seed", 0), search, results)
+
+# %% ../../nbs/evidence/03_settings.ipynb #18fd8334
+def _given_search(search: dict, given: dict) -> RunConfig:
+    "Read the configuration of a derived cell's search, which no other setting may change."
+    if not given.get("search"): return RunConfig.from_dict(search)
+    raise AttnnasError("The settings give a derived cell's search whole, in [insertion.search]; "
+                       f"{', '.join(given['search'])} cannot change it. Leave one of them out.")
 
 # %% ../../nbs/evidence/03_settings.ipynb #569f90fd
 def _run_of(tier: Tier, given: dict, kind: str, seed: int, source, results) -> RunConfig:
