@@ -120,7 +120,7 @@ def _filters(texts: list) -> list:
         raise AttnnasError(f"--filter {pair!r}: expected COLUMN=PATTERN, such as backbone=i3d*.")
     return [tuple(pair.split("=", 1)) for pair in pairs]
 
-
+# %% ../../nbs/cli/04_show.ipynb #2e32be94
 def _csv(rows: list) -> str:
     text = io.StringIO()
     heads = list(rows[0]) if rows else []

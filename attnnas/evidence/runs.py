@@ -152,6 +152,7 @@ def compare(records: list) -> Comparison:
     names = tuple(key[:length] for key in keys)
     settings = _side_by_side("setting", names, [_decided(record) for record in records])
     differing = [row for row in settings if len({_plain(row[name]) for name in names}) > 1]
+    differing.sort(key=lambda row: row["setting"])
     return Comparison(names, differing,
                       _side_by_side("result", names, [_results(record) for record in records]))
 
