@@ -135,9 +135,13 @@ def test_bad_input_is_one_line_before_any_work(line, message, tmp_path, monkeypa
 
 
 def test_one_class_is_refused_before_any_work(tmp_path):
+    av = pytest.importorskip("av")
     for split in ("train", "validation", "test"):
         (tmp_path / split / "only").mkdir(parents=True)
-        (tmp_path / split / "only" / "a.mp4").write_bytes(b"0" * 100)
+        with av.open(str(tmp_path / split / "only" / "a.mp4"), "w") as container:
+            stream = container.add_stream("mpeg4", rate=25, width=32, height=32)
+            for _ in range(20): container.mux(stream.encode(av.VideoFrame(32, 32, "yuv420p")))
+            container.mux(stream.encode())
     with pytest.raises(AttnnasError, match="1 class .*two or more"): RunConfig(Videos(str(tmp_path))).check()
 
 

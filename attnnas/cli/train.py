@@ -37,8 +37,9 @@ def add_commands(add):
         parser.set_defaults(results=OWN_RUNS)
         add_settings(parser)
         add_execution(parser)
-        parser.add_argument("--workers", type=int, default=1,
-                            help="runs made at once, of several seeds (default: %(default)s)")
+        parser.add_argument("--parallel", type=int, default=1,
+                            help="runs made at once, of several seeds; 0: one a core, two on a GPU "
+                            "(default: %(default)s)")
         add_fields(parser)
         if name == "search":
             parser.add_argument("--output", default="cell.json", help="genotype file to write; of "
@@ -59,7 +60,7 @@ def _make(args, searches: bool) -> list | None:
     new = [config for config in configs if store.get(key_of(config)) is None]
     for config in new: config.check()
     for config in new: _begin(config, store)
-    records = execute(configs, store, workers=args.workers, device=args.device,
+    records = execute(configs, store, workers=args.parallel, device=args.device,
                       processes=args.processes or 1, watch=_Lines(len(configs) > 1))
     made = {key_of(config) for config in new}
     for record in records:
@@ -207,6 +208,10 @@ def _believe(record: RunRecord) -> int:
 
     Returns: the exit code, 0, or AT_CHANCE for a search that did not learn.
     """
-    # PLACE OF THE VERDICT: found = attnnas.search.verdict.verdict(...) of search_result(record);
-    # print(found); return AT_CHANCE where it is at chance.
+    # PLACE OF THE VERDICT, where attnnas.search.verdict is there:
+    #     clips = record.run.data.open()
+    #     seen = clips["validation"] if "validation" in clips else clips["train"]
+    #     found = verdict(search_result(record), torch.bincount(seen.labels).tolist())
+    #     print(found)
+    #     return AT_CHANCE if found.status == "chance" else 0
     return 0

@@ -136,10 +136,9 @@ def _run_of(tier: Tier, given: dict, kind: str, seed: int, source, results) -> R
 
 # %% ../../nbs/evidence/03_settings.ipynb #ca9c5792
 def without_effect(run: RunConfig, given: dict) -> list:
-    "Return the names of given settings that are no part of the configuration."
-    has = set(_names(run.to_dict())) | {"kind"}
-    return [name for group in GROUPS for name, value in given.get(group, {}).items()
-            if name not in has and value != getattr(fields_of(group).get(name), "default", None)]
+    "Return the names of given settings that the run does not have, or that do nothing in it."
+    has = set(_names(settings_of(run)))
+    return [name for group in GROUPS for name in given.get(group, {}) if name not in has]
 
 
 def _names(values):
