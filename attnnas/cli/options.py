@@ -12,7 +12,7 @@ import dataclasses
 import json
 
 from ..core.errors import AttnnasError, choose
-from ..evidence.config import RunConfig, load_tier
+from ..evidence.config import load_tier
 from ..evidence.insertions import KINDS, Search
 from ..evidence.settings import GROUPS, fields_of, read_settings, run_of
 from ..search.methods import METHODS

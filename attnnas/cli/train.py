@@ -28,8 +28,8 @@ from ..networks.profile import count_flops
 def add_commands(add):
     """Add `train` and `search`.
 
-    add: add(name, run, help) gives a command's parser; `run(args)` is called, and what it returns is
-        the exit code (None: 0).
+    add: add(name, run, help) gives a command's parser; `run(args)` is called, and what it returns
+        is the exit code (None: 0).
     """
     for name, run, help in (("search", _search, "Search a cell and write its genotype."),
                             ("train", _train, "Train and test a network.")):
@@ -118,7 +118,8 @@ def epoch_line(metrics: dict, epochs: int, seconds: float) -> str:
     """
     width = len(str(epochs))
     loss = "  -   " if metrics["loss"] is None else f"{metrics['loss']:6.3f}"
-    line = f"epoch {metrics['epoch'] + 1:{width}} of {epochs}: loss {loss}, {metrics['top1']:5.1f} %"
+    number = f"{metrics['epoch'] + 1:{width}}"
+    line = f"epoch {number} of {epochs}: loss {loss}, {metrics['top1']:5.1f} %"
     if "validation" in metrics:
         found = metrics["validation"]
         line += f"; validation loss {found['loss']:6.3f}, {found['top1']:5.1f} %"
@@ -194,7 +195,8 @@ def _cost(record: RunRecord, cells: dict) -> str:
     insertion = GivenCell(first, sites)
     found = {}
     for name in ("without", "with"):
-        if name == "with": insertion.build(network, {site: cells.get(site, first) for site in sites})
+        placed = {site: cells.get(site, first) for site in sites}
+        if name == "with": insertion.build(network, placed)
         flops = count_flops(network, config.data.tested_shape)
         found[name] = flops, sum(p.numel() for p in network.parameters())
     (flops, parameters), (all_flops, all_parameters) = found.values()

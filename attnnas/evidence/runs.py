@@ -147,7 +147,8 @@ def compare(records: list) -> Comparison:
     """
     keys = [record.key for record in records]
     if len(set(keys)) < max(2, len(keys)):
-        raise AttnnasError(f"Expected two different runs or more to compare, got {', '.join(keys)}.")
+        raise AttnnasError("Expected two different runs or more to compare, got "
+                           f"{', '.join(keys)}.")
     length = next(n for n in range(8, 17) if len({key[:n] for key in keys}) == len(keys))
     names = tuple(key[:length] for key in keys)
     settings = _side_by_side("setting", names, [_decided(record) for record in records])
@@ -167,7 +168,8 @@ def _decided(record: RunRecord) -> dict:
     "Return {dotted name: value} of all that decided a run."
     settings = settings_of(record.run)
     del settings["tier"]
-    if "cell" in settings["insertion"]: settings["insertion"]["cell"] = record.run.insertion.cell.hash
+    insertion = settings["insertion"]
+    if "cell" in insertion: insertion["cell"] = record.run.insertion.cell.hash
     data = {"content": record.data["fingerprint"], "numbers": record.numbers}
     return dict(_flat(settings)) | data
 
@@ -263,5 +265,6 @@ def as_frame(rows: list):
     """
     try: import pandas
     except ImportError:
-        raise AttnnasError("A table of runs needs pandas: pip install 'attnnas[notebooks]'.") from None
+        raise AttnnasError("A table of runs needs pandas: "
+                           "pip install 'attnnas[notebooks]'.") from None
     return pandas.DataFrame(rows)
