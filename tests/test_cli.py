@@ -43,8 +43,9 @@ def test_search_writes_a_genotype_that_train_inserts(made, capsys):
     code, out, _ = attnnas(capsys, "train", "--cell", made / "cell.json", "--results", made, *TINY)
     assert code == 0 and "Reused run" in out and "Test accuracy" in out
     code, out, _ = attnnas(capsys, "list", "runs", "--results", made)
-    assert len(out.splitlines()) == 2 and " search " in out and " cell " in out
-    key = next(line.split()[0] for line in out.splitlines() if " cell " in line)
+    head, *runs, last = out.splitlines()
+    assert len(runs) == 2 and " search " in out and head.startswith("key") and str(made) in last
+    key = next(line.split()[0] for line in runs if " cell " in line)
     code, out, _ = attnnas(capsys, "show", key[:8], "--results", made, "--picture", made / "cell.png")
     assert code == 0 and cell.hash in out and "top-1" in out and (made / "cell.png").stat().st_size > 5000
 

@@ -20,9 +20,11 @@ from ..core.errors import AttnnasError, choose
 from ..core.hashes import canonical_json, content_hash
 from ..core.options import check, from_fields, option, to_plain
 from ..core.seeds import seed_everything
+from ..data.manifest import file_hash
 from .insertions import (
     DerivedCell, Insertion, KINDS, NonLocal, RandomCell, Search, insertion_of)
-from .sources import Generated, Source, source_of
+from .sources import Generated, Source, Videos, source_of
+from .start import start_from, weights_file
 from ..networks.registry import create_model
 from ..networks.weights import imagenet_weights, inflate
 from ..search.methods import METHODS, search_config
@@ -42,8 +44,33 @@ class NetworkConfig:
                         "inflated", choices=("random", "imagenet"))
     head: str = option("linear", "the classifier after average pooling; mlp is a control",
                        choices=("linear", "mlp"))
+    init: str = option("", "weights to start from: the beginning of a run's key, a file of "
+                       "weights, or a folder with one", added=True)
+    init_file: str = option("", "where the weights to start from are; their content is `init`",
+                            when={"init": ()})
 
     def __post_init__(self): check(self)
+
+    def starting_from(self, what: str, results=None) -> "NetworkConfig":
+        """Return this network, started from other weights than random ones.
+
+        what, results: as in `attnnas.evidence.start.weights_file`.
+        """
+        path = weights_file(what, results)
+        return dataclasses.replace(self, init=file_hash(path), init_file=str(path))
+
+    def load_start(self, model: nn.Module):
+        """Load the weights `init` into `model`, in place; returns a LoadReport.
+
+        Raises: AttnnasError where their file is not known, has changed, or does not fit.
+        """
+        if not self.init_file:
+            raise AttnnasError(f"The run starts from weights of content {self.init}, whose file is "
+                               "not known here. Give the file: --init FILE.")
+        if file_hash(weights_file(self.init_file)) != self.init:
+            raise AttnnasError(f"{self.init_file} has changed since the run was configured: its "
+                               f"content is no longer {self.init}. Configure it again.")
+        return start_from(model, self.init_file)
 
     def create(self, classes: int, channels: int) -> nn.Module:
         """Create the network, its weights drawn by the current seed.
@@ -119,7 +146,7 @@ class RunConfig:
         classes: the number of classes.
         found: what the search has found that the insertion needs.
         cells: those of a network that is built again; default: what the insertion says.
-        start: whether ImageNet's weights are loaded, where the run starts from them.
+        start: whether the weights that the run starts from are loaded.
         Returns: a Built.
         Raises: AttnnasError for an unknown model or site.
         """
@@ -127,11 +154,14 @@ class RunConfig:
         model = self.network.create(classes, self.data.channels)
         if start and self.network.start == "imagenet": inflate(model, self.network.start_weights())
         if cells is None: cells = self.insertion.cells(model, self.seed, found)
-        return Built(self.insertion.build(model, cells), cells)
+        model = self.insertion.build(model, cells)
+        if start and self.network.init: self.network.load_start(model)
+        return Built(model, cells)
 
     def check(self):
         "Raise AttnnasError for data, a backbone or a site that is not there or does not fit."
         self.data.fingerprint
+        if isinstance(self.data, Videos): _check_classes(self.data)
         model = self.network.create(2, self.data.channels)
         if model.in_channels != self.data.channels:
             raise AttnnasError(
@@ -139,7 +169,16 @@ class RunConfig:
                 f"{self.data.modality!r} has {self.data.channels}. Choose another backbone or "
                 "modality.")
         if self.network.start == "imagenet": self.network.start_weights()
+        if self.network.init: self.network.load_start(model)
         if self.insertion.kind != "none": NonLocal(self.insertion.sites).build(model, {})
+
+# %% ../../nbs/evidence/03_config.ipynb #ce645158
+def _check_classes(data: Videos):
+    classes = data.open()["train"].classes
+    if len(classes) > 1: return
+    raise AttnnasError(f"The training videos of {data.name} are of {len(classes)} class "
+                       f"({', '.join(classes)}); a classifier needs two or more. Expected "
+                       "split/class/clip.mp4, or a manifest with labels.")
 
 # %% ../../nbs/evidence/03_config.ipynb #b1878832
 @dataclass(frozen=True)

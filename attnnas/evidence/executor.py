@@ -77,7 +77,7 @@ def _follow():
 # %% ../../nbs/evidence/06_executor.ipynb #505cc48a
 def _work(key: str, config: RunConfig, folder, device: str) -> RunRecord:
     "Make a run in this process, and tell how far it is."
-    try: return run(config, Store(folder), device, _teller(key))
+    try: return run(config, Store(folder), device, _teller(key), watch=_watcher(key))
     except Interrupted: os._exit(0)  # a pool that is broken would wait for this process for ever
 
 
@@ -94,6 +94,12 @@ def _teller(key: str):
         if due: told = now
     return progress
 
+
+def _watcher(key: str):
+    "Return a function of an epoch's metrics that passes them on."
+    def watch(metrics: dict): _messages.put((key, metrics))
+    return watch
+
 # %% ../../nbs/evidence/06_executor.ipynb #73ee661c
 def _share(key: str, config: RunConfig, folder, device: str, count: int) -> RunRecord:
     "Have `count` processes make a run together, and tell how far they are."
@@ -105,7 +111,7 @@ def _share(key: str, config: RunConfig, folder, device: str, count: int) -> RunR
     listen, tell = context.Pipe(duplex=False)
     group = start_together(count, context, _take_part, config, store.folder, device, log, tell)
     tell.close()
-    error = _listen(group, listen, _teller(key))
+    error = _listen(group, listen, _teller(key), _watcher(key))
     if error or any(process.exitcode for process in group):
         raise AttnnasError(error or f"one of {count} processes failed or was killed; see {log}. "
                            "The same command continues")
@@ -124,10 +130,13 @@ def _take_part(config: RunConfig, folder, device: str, log, tell):
         if not is_first: return
         with suppress(OSError): tell.send((step, steps))  # the batch may have been killed
 
+    def watch(metrics: dict):
+        with suppress(OSError): tell.send(metrics)
+
     group = ALONE
     try:
         group = processes(device)
-        run(config, Store(folder), device, progress, group)
+        run(config, Store(folder), device, progress, group, watch)
     except AttnnasError as error:
         tell.send(str(error))
         sys.exit(1)
@@ -137,8 +146,10 @@ def _take_part(config: RunConfig, folder, device: str, log, tell):
 GRACE = 30  # seconds for a checkpoint [choice]
 
 
-def _listen(group: list, listen, progress) -> str | None:
-    "Pass on the steps of processes until all have ended; returns what the first error said."
+def _listen(group: list, listen, progress, watch) -> str | None:
+    """Pass on the steps and epochs of processes until all have ended; returns what the first error
+    said.
+    """
     error = None
     running = list(group)
     kill_at = None
@@ -146,6 +157,7 @@ def _listen(group: list, listen, progress) -> str | None:
         connection.wait([listen, *(process.sentinel for process in running)], timeout=1)
         for told in _told(listen):
             if isinstance(told, tuple): progress(*told)
+            elif isinstance(told, dict): watch(told)
             else: error = error or told
         running = [process for process in running if process.is_alive()]
         failed = any(process.exitcode for process in group)
@@ -231,7 +243,7 @@ def with_sources(configs) -> dict:
 
 # %% ../../nbs/evidence/06_executor.ipynb #36811542
 def execute(configs, store: Store, workers: int = 0, device: str = "auto", show: bool = True,
-            rebuild: bool = False, processes: int = 1) -> list:
+            rebuild: bool = False, processes: int = 1, watch=None) -> list:
     """Return the records of `configs`, in their order; those that `store` lacks are made, searches
     first.
 
@@ -242,6 +254,8 @@ def execute(configs, store: Store, workers: int = 0, device: str = "auto", show:
     show: whether there is a progress bar.
     rebuild: make nothing; the records that are there count, whatever data they were made with.
     processes: how many share a run, one a GPU; more than one make one run after the other.
+    watch: watch(config, metrics) is called with each epoch's entry of a history, as it comes;
+        default: nothing.
     Raises: AttnnasError before any work where a configuration is wrong; after all others have
         finished, naming the runs that failed; KeyboardInterrupt when stopped.
     """
@@ -258,7 +272,7 @@ def execute(configs, store: Store, workers: int = 0, device: str = "auto", show:
     if waiting:
         if processes > 1: workers = 1
         workers = min(workers or _one_a_core(device), len(waiting))
-        made, failed = _make_all(waiting, store, workers, device, show, processes)
+        made, failed = _make_all(waiting, store, workers, device, show, processes, watch)
         records |= made
         if failed: raise _failure(waiting, failed)
     return [records[key_of(config)] for config in configs]
@@ -287,7 +301,8 @@ def _stored(configs: list, store: Store) -> list:
     return [records[config.hash] for config in configs]
 
 # %% ../../nbs/evidence/06_executor.ipynb #9bf0ea2e
-def _make_all(waiting: dict, store: Store, workers: int, device: str, show: bool, count: int):
+def _make_all(waiting: dict, store: Store, workers: int, device: str, show: bool, count: int,
+              watch=None):
     context = _context(device)
     messages = context.Queue()
     progress = Progress(waiting, workers, show)
@@ -299,7 +314,7 @@ def _make_all(waiting: dict, store: Store, workers: int, device: str, show: bool
         pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, start)
         work = partial(_work, folder=store.folder, device=device)
     with _terminate_as_interrupt():
-        try: return _Schedule(waiting, pool, workers, work).run(progress, messages)
+        try: return _Schedule(waiting, pool, workers, work, watch).run(progress, messages)
         except KeyboardInterrupt:
             for process in multiprocessing.active_children(): process.terminate()
             raise
@@ -330,12 +345,14 @@ class _Schedule:
     ended.
     """
 
-    def __init__(self, waiting: dict, pool, workers: int, work):
+    def __init__(self, waiting: dict, pool, workers: int, work, watch=None):
         self.waiting = waiting
         self.left = dict(waiting)
         self.pool = pool
         self.workers = workers
         self.work = work
+        self.watch = watch
+        self.told = dict.fromkeys(waiting, 0)
         self.running, self.made, self.failed = {}, {}, {}
 
     def run(self, progress: Progress, messages) -> tuple:
@@ -344,7 +361,7 @@ class _Schedule:
             self._start()
             done, _ = concurrent.futures.wait(self.running, timeout=0.3,
                                               return_when=concurrent.futures.FIRST_COMPLETED)
-            while not messages.empty(): progress.update(*messages.get())
+            while not messages.empty(): self._hear(progress, *messages.get())
             for future in done: progress.end(self._end(future))
             progress.show()
         return self.made, self.failed
@@ -361,9 +378,23 @@ class _Schedule:
             self.running[self.pool.submit(self.work, key, config)] = key
             del self.left[key]
 
+    def _hear(self, progress: Progress, key: str, *told):
+        "Take a worker's message: how far its run is, or an epoch's metrics."
+        if isinstance(told[0], dict): self._tell(key, told)
+        else: progress.update(key, *told)
+
+    def _tell(self, key: str, history):
+        "Tell each epoch once; what a search by trials did is no epoch."
+        for metrics in history:
+            if metrics.get("epoch", -1) < self.told[key]: continue
+            self.told[key] = metrics["epoch"] + 1
+            if self.watch: self.watch(self.waiting[key], metrics)
+
     def _end(self, future) -> str:
         key = self.running.pop(future)
-        try: self.made[key] = future.result()
+        try:
+            self.made[key] = future.result()
+            self._tell(key, self.made[key].history)  # its last messages may still be under way
         except BrokenProcessPool:
             raise AttnnasError(
                 f"A worker process was killed while running {self.waiting[key].label} (out of "

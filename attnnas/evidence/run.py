@@ -78,7 +78,7 @@ def key_of(config: RunConfig) -> str:
 
 # %% ../../nbs/evidence/05_run.ipynb #78aec070
 def run(config: RunConfig, store: Store, device: str = "auto", progress: Callable | None = None,
-        processes: OneProcess = ALONE) -> RunRecord:
+        processes: OneProcess = ALONE, watch: Callable | None = None) -> RunRecord:
     """Make the run `config`, or return its record if `store` has it.
 
     store: where records are.
@@ -86,6 +86,8 @@ def run(config: RunConfig, store: Store, device: str = "auto", progress: Callabl
     progress: progress(step, steps) is called after each step.
     processes: those that share the work, each of which calls this; with several, theirs is the
         device.
+    watch: watch(metrics) is called with each epoch's entry of the history, with those of a
+        checkpoint first.
     Raises: AttnnasError for bad input, before training starts; Interrupted when asked to stop,
         after which the same call continues.
     """
@@ -97,18 +99,19 @@ def run(config: RunConfig, store: Store, device: str = "auto", progress: Callabl
         known, *_ = processes.gather(store.get(key) if writes else None)
         if known is None:
             where = processes.device or pick_device(device)
-            make = _try_cells if config.is_search and config.insertion.tries_cells else _make
+            tries = config.is_search and config.insertion.tries_cells
+            make = _try_cells if tries else partial(_make, watch=watch)
             known = make(config, key, found, store, where, progress, processes)
     processes.gather(None)  # what the first one wrote is there for all
     return known
 
 # %% ../../nbs/evidence/05_run.ipynb #909fce95
 def _make(config: RunConfig, key: str, found, store: Store, device: torch.device, progress,
-          processes: OneProcess) -> RunRecord:
+          processes: OneProcess, watch=None) -> RunRecord:
     data = config.data.open()
     built = config.build(len(data["train"].classes), found)
     trainer = _train(config, built.model, data, device, progress, processes,
-                     store.path(key, "checkpoint.safetensors"))
+                     store.path(key, "checkpoint.safetensors"), watch)
     test = None
     if not trainer.diverged:
         at_once = config.training.at_once
@@ -120,7 +123,7 @@ def _make(config: RunConfig, key: str, found, store: Store, device: torch.device
 
 # %% ../../nbs/evidence/05_run.ipynb #b10901de
 def _train(config: RunConfig, model: nn.Module, data: dict, device, progress, processes,
-           checkpoint) -> Trainer:
+           checkpoint, watch=None) -> Trainer:
     "Train `model`; returns its Trainer, at the end."
     if processes.rank:  # dropout differs between processes
         torch.manual_seed(stream_seed(config.seed, "process", processes.rank))
@@ -130,8 +133,24 @@ def _train(config: RunConfig, model: nn.Module, data: dict, device, progress, pr
         search = config.insertion.search
         trainer = search_trainer(model, data["train"], search, config.training, **options)
     else: trainer = Trainer(model, data["train"], config.training, **options)
-    trainer.fit()
+    _fit(trainer, watch if processes.rank == 0 else None)
     return trainer
+
+
+def _fit(trainer: Trainer, watch: Callable | None):
+    "Train to the end, and tell `watch` each epoch once: when the next one has made a step."
+    told = 0
+    progress = trainer.progress
+
+    def tell(step: int = 0, steps: int = 0):
+        nonlocal told
+        if progress and step: progress(step, steps)
+        for metrics in trainer.history[told:]: watch(metrics)
+        told = len(trainer.history)
+
+    if watch: trainer.progress = tell
+    trainer.fit()
+    if watch: tell()
 
 # %% ../../nbs/evidence/05_run.ipynb #60f30cf5
 def _try_cells(config: RunConfig, key: str, found, store: Store, device: torch.device, progress,
