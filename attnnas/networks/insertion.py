@@ -156,12 +156,16 @@ def site_shapes(model: nn.Module, example=None) -> dict[str, tuple[int, ...]]:
     return {name: found.shape for name, found in maps.items() if found.channel_axis is not None}
 
 # %% ../../nbs/networks/03_insertion.ipynb #2dc70ead
-def _names(model, sites) -> tuple[str, ...]:
+def _names(model, sites, example, what) -> tuple[str, ...]:
+    if isinstance(sites, str) and sites == "auto":
+        from attnnas.networks.sites import propose_sites  # it stands on this module
+        cell = {"cell": what} if isinstance(what, CellSpec) else {}
+        sites = propose_sites(model, example, **cell)
     sites = getattr(model, "default_sites", ()) if sites is None else sites
     sites = (sites,) if isinstance(sites, str) else tuple(sites)
     if not sites:
-        raise AttnnasError(f"No sites for {type(model).__name__}. Give sites=[...]; "
-                           "site_shapes(model, example) lists what there is.")
+        raise AttnnasError(f"No sites for {type(model).__name__}. Give sites=[...], or "
+                           "sites=\"auto\"; site_shapes(model, example) lists what there is.")
     first = {module: name for name, module in model.named_modules()}
     every = dict(model.named_modules(remove_duplicate=False))
     names = tuple(first[every[name]] if name in every else name for name in sites)
@@ -257,14 +261,15 @@ def insert(model: nn.Module, what, sites=None, example=None) -> nn.Module:
     model: the network.
     what: a CellSpec, of which every site gets its own AttentionCell, or a callable channels ->
         nn.Module whose output has its input's shape.
-    sites: a name or names of modules; None: `model.default_sites`.
+    sites: a name or names of modules; None: `model.default_sites`; "auto": those that
+        `propose_sites` proposes.
     example: as in `site_shapes`.
     Returns: `model`.
     Raises: AttnnasError for a site that is unknown, taken, named twice, gives no 5-D (4-D) tensor
         or one whose channel axis is not known, and for a module that does not keep its input's
         shape, or that the network would not run exactly once.
     """
-    names = _names(model, sites)
+    names = _names(model, sites, example, what)
     dry, x = _dry_run(model, example)
     maps = _free(model, _maps(dry, x))
     for name in names: _check_site(model, name, maps)
