@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REFERENCE', 'SHARE', 'Stage', 'stages', 'Place', 'Proposal', 'propose_sites']
 
-# %% ../../nbs/networks/12_sites.ipynb #cd977108
+# %% ../../nbs/networks/12_sites.ipynb #a9bae9a5
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from .dry_run import DryRun
 from .insertion import site_shapes
 from .profile import count_flops
 
-# %% ../../nbs/networks/12_sites.ipynb #4534d45b
+# %% ../../nbs/networks/12_sites.ipynb #fa937846
 class Stage(NamedTuple):
     """The end of a stage.
 
@@ -44,16 +44,16 @@ def stages(model: nn.Module, example=None, rank: int = 5) -> list[Stage]:
     """
     modules = dict(model.named_modules())
     found = {}
-    weighty = set()
+    worked = set()
     for name, shape in site_shapes(model, example).items():
         place = shape[2:]
         if len(shape) != rank or math.prod(place) == 1: continue
-        if any(True for _ in modules[name].parameters()): weighty.add(place)
+        if "Pool" not in type(modules[name]).__name__: worked.add(place)
         is_inner = place in found and name.count(".") > found[place].site.count(".")
         if is_inner: continue
         found.pop(place, None)  # the place moves to the end of the order
         found[place] = Stage(name, shape)
-    ends = [stage for place, stage in found.items() if place in weighty]
+    ends = [stage for place, stage in found.items() if place in worked]
     classes = _classes(model, example)
     while len(ends) > 1 and ends[-1].shape[1] == classes: ends.pop()
     return ends
@@ -68,7 +68,7 @@ def _classes(model: nn.Module, example) -> int | None:
     is_scores = isinstance(output, torch.Tensor) and output.ndim == 2
     return output.shape[1] if is_scores else None
 
-# %% ../../nbs/networks/12_sites.ipynb #c81e4227
+# %% ../../nbs/networks/12_sites.ipynb #0f229fe4
 REFERENCE = CellSpec((OperationSpec("spatial", "map-based", "sigmoid"),
                       OperationSpec("temporal", "dot-product", "softmax"),
                       OperationSpec("spatiotemporal", "map-based", "sigmoid"),
@@ -133,7 +133,7 @@ def _texts(place: Place) -> tuple:
     told = "proposed" if place.proposed else place.why
     return place.site, shape, f"{place.multiply_adds / 1e6:,.1f} M", f"{place.share:.1%}", told
 
-# %% ../../nbs/networks/12_sites.ipynb #18ba8798
+# %% ../../nbs/networks/12_sites.ipynb #c7a73bb2
 def propose_sites(model: nn.Module, example=None, budget: float | None = None, count: int = 5,
                   cell: CellSpec = REFERENCE) -> Proposal:
     """Propose the sites of a network where a cell is worth its cost.
