@@ -6,7 +6,7 @@
 __all__ = ['CHANNELS', 'SAMPLED', 'HONOURED', 'Sample', 'read_sample', 'check_video', 'cheap_labels', 'DatasetClips', 'as_clips',
            'check_trainable']
 
-# %% ../../nbs/data/25_datasets.ipynb #50531bd6
+# %% ../../nbs/data/25_datasets.ipynb #992fe8cf
 import hashlib
 import operator
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from ..core.seeds import stream_seed
 from .clips import ClipSource
 from .randomness import seeded, sources_of
 
-# %% ../../nbs/data/25_datasets.ipynb #4215892f
+# %% ../../nbs/data/25_datasets.ipynb #ea2f56a5
 class Sample(NamedTuple):
     """An item of a data set.
 
@@ -60,7 +60,7 @@ def _has_audio(item) -> bool:
     "Tell whether an item is (video, audio, label), as torchvision's video data sets give it."
     return len(item) > 2 and isinstance(item[1], (Tensor, np.ndarray)) and item[1].ndim > 0
 
-# %% ../../nbs/data/25_datasets.ipynb #7c48796f
+# %% ../../nbs/data/25_datasets.ipynb #5c2d5221
 CHANNELS = range(1, 6)  # grey, flow, colours, with alpha, colours and flow
 
 
@@ -103,7 +103,7 @@ def _check_order(what: str, shape: tuple):
     raise AttnnasError(f"{what} has the shape {shape}; expected (C, T, H, W) with 1 to 5 channels, "
                        f"and {advice}.")
 
-# %% ../../nbs/data/25_datasets.ipynb #8cf33c32
+# %% ../../nbs/data/25_datasets.ipynb #0989d184
 def cheap_labels(dataset) -> list | None:
     """Find the labels of a data set without reading its videos.
 
@@ -137,7 +137,7 @@ def _kept_labels(dataset) -> list | None:
         return [change(label) for label in labels] if change else labels
     return None
 
-# %% ../../nbs/data/25_datasets.ipynb #06731a6c
+# %% ../../nbs/data/25_datasets.ipynb #408df6d7
 def _named_classes(dataset) -> list | None:
     "The names of the classes that a data set tells, or that all parts of it tell alike."
     if isinstance(dataset, torch_data.Subset): return _named_classes(dataset.dataset)
@@ -147,7 +147,7 @@ def _named_classes(dataset) -> list | None:
     names = getattr(dataset, "classes", None)
     return [str(name) for name in names] if isinstance(names, (list, tuple)) and names else None
 
-# %% ../../nbs/data/25_datasets.ipynb #5d645c49
+# %% ../../nbs/data/25_datasets.ipynb #4418e053
 def _plain(label, number: int):
     "A label as an int or a str. Raises: AttnnasError."
     if isinstance(label, str): return str(label)
@@ -184,7 +184,7 @@ def _classes_of(labels: list) -> list:
     if kinds == {str}: return sorted(set(labels))
     return [str(number) for number in range(max(labels) + 1)]
 
-# %% ../../nbs/data/25_datasets.ipynb #1c8a3469
+# %% ../../nbs/data/25_datasets.ipynb #779f0f7f
 SAMPLED = 4  # items whose bytes go into the fingerprint
 HONOURED = ("num_workers", "timeout", "worker_init_fn", "multiprocessing_context",
             "prefetch_factor")
@@ -303,7 +303,7 @@ class DatasetClips:
                                f"{video.dtype}. Crop or scale them to one size in the data set.")
         return torch.stack([video for _, video in videos])
 
-# %% ../../nbs/data/25_datasets.ipynb #dce7ff62
+# %% ../../nbs/data/25_datasets.ipynb #63c35408
 def _labels_of(items: list) -> list:
     return [read_sample(item, number).label for number, item in items]
 
@@ -318,7 +318,7 @@ def _collated(collate, items: list) -> Tensor:
     raise AttnnasError(f"collate_fn made {gave} of {len(items)} items; expected one tensor "
                        f"({len(items)}, C, T, H, W).")
 
-# %% ../../nbs/data/25_datasets.ipynb #ba51d81c
+# %% ../../nbs/data/25_datasets.ipynb #09be7e15
 def _check_sampler(loader: torch_data.DataLoader):
     "Raise AttnnasError for a loader that does not visit every item once."
     sampler = loader.sampler
@@ -327,8 +327,8 @@ def _check_sampler(loader: torch_data.DataLoader):
     every = shuffles and sampler.num_samples == len(loader.dataset)
     if plain and (every or type(sampler) is torch_data.SequentialSampler): return
     name = type(sampler if plain else loader.batch_sampler).__name__
-    raise AttnnasError(f"The DataLoader has a {name}. The order of the clips is the training's own, "
-                       "a function of seed and epoch, which visits each clip once. Give the "
+    raise AttnnasError(f"The DataLoader has a {name}. The order of the clips is the training's "
+                       "own, a function of seed and epoch, which visits each clip once. Give the "
                        "DataLoader shuffle=True, or a torch.utils.data.Subset of the items.")
 
 
@@ -379,7 +379,7 @@ def _check_map(data):
     raise AttnnasError(f"{what} is no data of clips. Give a list of (video, label), a map-style "
                        "Dataset, a DataLoader, or a clip source such as VideoClips.")
 
-# %% ../../nbs/data/25_datasets.ipynb #10160c80
+# %% ../../nbs/data/25_datasets.ipynb #387da229
 def check_trainable(clips: ClipSource):
     """See that there is something to learn.
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAST', 'CellCost', 'cell_costs', 'Verdict', 'verdict', 'plot_verdict']
 
-# %% ../../nbs/search/13_verdict.ipynb #4b9f489a
+# %% ../../nbs/search/13_verdict.ipynb #dfb54506
 import copy
 import math
 import statistics
@@ -22,7 +22,7 @@ from ..training.evaluation import Diverged
 from .base import EVERY_SITE, EpochLog, SearchResult
 from .health import Accuracy, Health, accuracy, health, log_accuracy
 
-# %% ../../nbs/search/13_verdict.ipynb #09b3599c
+# %% ../../nbs/search/13_verdict.ipynb #42981b6f
 class CellCost(NamedTuple):
     """What a cell costs at its site.
 
@@ -58,7 +58,7 @@ def cell_costs(network: nn.Module, cells: dict, example=None) -> tuple[CellCost,
         costs.append(CellCost(site, cost, cost / max(whole, 1)))
     return tuple(costs)
 
-# %% ../../nbs/search/13_verdict.ipynb #ec71ead7
+# %% ../../nbs/search/13_verdict.ipynb #199a3c20
 def _trial_accuracy(found: SearchResult, counts) -> Accuracy | None:
     known = found.provenance.get("counts", {}).get("validation")
     counts = known if counts is None else counts
@@ -80,10 +80,10 @@ def _trial_alarms(found: SearchResult, learned: Accuracy | None):
     middle = statistics.median(scores) / 100
     noise = math.sqrt((best * (1 - best) + middle * (1 - middle)) / learned.count)
     if best - middle > 2 * noise: return
-    yield (f"undecided: the best of {len(scores)} cells is {100 * (best - middle):.1f} points above "
-           f"their median, of which chance alone gives {200 * noise:.1f}.")
+    yield (f"undecided: the best of {len(scores)} cells is {100 * (best - middle):.1f} points "
+           f"above their median, of which chance alone gives {200 * noise:.1f}.")
 
-# %% ../../nbs/search/13_verdict.ipynb #b726aded
+# %% ../../nbs/search/13_verdict.ipynb #f894a8f5
 LAST = {
     "believe": "Believe it: the network learned, and the choice of the cell is clear.",
     "doubt": "Doubt it: the network learned, and the choice of the cell is not clear. Search again "
@@ -139,7 +139,7 @@ class Verdict:
         lines += [f"alarm: {alarm}" for alarm in self.alarms]
         return "\n".join([*lines, LAST[self.status]])
 
-# %% ../../nbs/search/13_verdict.ipynb #519a1bdf
+# %% ../../nbs/search/13_verdict.ipynb #985ff4e5
 def verdict(found: SearchResult, counts=None, trained: int | None = None, network=None,
             example=None, alpha: int = 3, beta: int = 2) -> Verdict:
     """Judge a search.
@@ -178,7 +178,7 @@ def _status(learned: Accuracy | None, alarms: tuple) -> str:
     if alarms: return "doubt"
     return "believe" if learned.clips == "validation" else "unvalidated"
 
-# %% ../../nbs/search/13_verdict.ipynb #3b64566d
+# %% ../../nbs/search/13_verdict.ipynb #10aa41c8
 def plot_verdict(found: SearchResult, judged: Verdict):
     """Draw how a search went.
 
@@ -189,8 +189,9 @@ def plot_verdict(found: SearchResult, judged: Verdict):
     """
     try: import matplotlib.pyplot as plt
     except ModuleNotFoundError:
-        raise AttnnasError("A picture needs matplotlib: pip install 'attnnas[notebooks]'.") from None
-    is_epochs = isinstance(found.log, EpochLog)
+        raise AttnnasError("A picture needs the package matplotlib: "
+                           "pip install 'attnnas[notebooks]'.") from None
+    is_epochs = judged.health is not None
     fig, axes = plt.subplots(1, 1 + is_epochs, figsize=(4 + 4 * is_epochs, 2.8), squeeze=False)
     rows = found.log.trajectory
     numbers = range(1, len(rows) + 1)
