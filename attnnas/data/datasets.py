@@ -35,7 +35,7 @@ class Sample(NamedTuple):
     video: object
     label: object
 
-
+# %% ../../nbs/data/25_datasets.ipynb #b0d6d29f
 def read_sample(item, number: int) -> Sample:
     """Take an item of a data set apart.
 
@@ -55,7 +55,7 @@ def read_sample(item, number: int) -> Sample:
     raise AttnnasError(f"Item {number} is {what}, which has no label; expected (video, label), or "
                        "a dictionary with \"video\" and \"label\".")
 
-
+# %% ../../nbs/data/25_datasets.ipynb #d3ae458c
 def _has_audio(item) -> bool:
     "Tell whether an item is (video, audio, label), as torchvision's video data sets give it."
     return len(item) > 2 and isinstance(item[1], (Tensor, np.ndarray)) and item[1].ndim > 0
@@ -90,7 +90,7 @@ def check_video(video, number: int) -> Tensor:
     _check_order(what, shape)
     return video
 
-
+# %% ../../nbs/data/25_datasets.ipynb #326b18ba
 def _check_order(what: str, shape: tuple):
     "Raise AttnnasError where another axis than the first one looks like channels."
     first, second, *_, last = shape
@@ -122,7 +122,7 @@ def cheap_labels(dataset) -> list | None:
         return list(dataset.tensors[1])
     return _kept_labels(dataset)
 
-
+# %% ../../nbs/data/25_datasets.ipynb #931716a2
 def _kept_labels(dataset) -> list | None:
     change = getattr(dataset, "target_transform", None)
     for name in ("targets", "labels", "samples"):
@@ -160,7 +160,7 @@ def _plain(label, number: int):
     raise AttnnasError(f"The label of item {number} is {told}; expected a whole number, or the "
                        "name of a class.")
 
-
+# %% ../../nbs/data/25_datasets.ipynb #127224f2
 def _numbers(labels: list, classes: list) -> Tensor:
     "Labels as the numbers of their classes, int64 (N,). Raises: AttnnasError."
     numbers = []
@@ -174,7 +174,7 @@ def _numbers(labels: list, classes: list) -> Tensor:
         numbers.append(label)
     return torch.tensor(numbers)
 
-
+# %% ../../nbs/data/25_datasets.ipynb #5f3dc5c2
 def _classes_of(labels: list) -> list:
     "Names for the classes of labels that nobody has named. Raises: AttnnasError for mixed labels."
     kinds = {type(label) for label in labels}
@@ -189,7 +189,7 @@ SAMPLED = 4  # items whose bytes go into the fingerprint
 HONOURED = ("num_workers", "timeout", "worker_init_fn", "multiprocessing_context",
             "prefetch_factor")
 
-
+# %% ../../nbs/data/25_datasets.ipynb #4997fb13
 class _Keyed(torch_data.Dataset):
     "The samples of a source in one epoch, which a worker reads."
     def __init__(self, source: "DatasetClips", epoch: int):
@@ -198,7 +198,7 @@ class _Keyed(torch_data.Dataset):
 
     def __getitem__(self, number: int): return number, self.source.item(number, self.epoch)
 
-
+# %% ../../nbs/data/25_datasets.ipynb #1028716c
 class DatasetClips:
     """A clip source over a map-style data set.
 
@@ -331,7 +331,7 @@ def _check_sampler(loader: torch_data.DataLoader):
                        "own, a function of seed and epoch, which visits each clip once. Give the "
                        "DataLoader shuffle=True, or a torch.utils.data.Subset of the items.")
 
-
+# %% ../../nbs/data/25_datasets.ipynb #49ada903
 def as_clips(data, classes=None, workers: int | None = None, seed: int = 0) -> ClipSource:
     """Make a clip source of data of any common form.
 
@@ -366,7 +366,7 @@ def as_clips(data, classes=None, workers: int | None = None, seed: int = 0) -> C
     if not loading.get("num_workers"): loading = {}  # the other options are for workers
     return DatasetClips(dataset, classes, loading, collate, seed)
 
-
+# %% ../../nbs/data/25_datasets.ipynb #520cb93c
 def _check_map(data):
     "Raise AttnnasError for data that have no length or no items."
     what = type(data).__name__

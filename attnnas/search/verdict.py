@@ -34,7 +34,7 @@ class CellCost(NamedTuple):
     multiply_adds: int
     share: float
 
-
+# %% ../../nbs/search/13_verdict.ipynb #dfd30c6d
 def cell_costs(network: nn.Module, cells: dict, example=None) -> tuple[CellCost, ...]:
     """Count what cells cost in a network.
 
@@ -68,7 +68,7 @@ def _trial_accuracy(found: SearchResult, counts) -> Accuracy | None:
     finished = [trial for trial in found.log.trials if trial.score is not None]
     return accuracy("validation", best.score, count, counts, len(finished))
 
-
+# %% ../../nbs/search/13_verdict.ipynb #225f8dae
 def _trial_alarms(found: SearchResult, learned: Accuracy | None):
     "Yield what is wrong with the trials of a black-box search."
     scores = [trial.score for trial in found.log.trials if trial.score is not None]
@@ -96,7 +96,7 @@ LAST = {
                "many clips each class has.",
 }
 
-
+# %% ../../nbs/search/13_verdict.ipynb #985ff4e5
 @dataclass(frozen=True)
 class Verdict:
     """Whether to believe a search.
@@ -139,7 +139,7 @@ class Verdict:
         lines += [f"alarm: {alarm}" for alarm in self.alarms]
         return "\n".join([*lines, LAST[self.status]])
 
-# %% ../../nbs/search/13_verdict.ipynb #985ff4e5
+# %% ../../nbs/search/13_verdict.ipynb #c6279153
 def verdict(found: SearchResult, counts=None, trained: int | None = None, network=None,
             example=None, alpha: int = 3, beta: int = 2) -> Verdict:
     """Judge a search.
@@ -171,7 +171,7 @@ def verdict(found: SearchResult, counts=None, trained: int | None = None, networ
     costs = cell_costs(network, cells, example) if network is not None else ()
     return Verdict(found.method, _status(learned, alarms), learned, report, alarms, cells, costs)
 
-
+# %% ../../nbs/search/13_verdict.ipynb #78c37ad4
 def _status(learned: Accuracy | None, alarms: tuple) -> str:
     if learned is None: return "unknown"
     if not learned.is_above: return "chance"
