@@ -19,7 +19,7 @@ from ..cells.spec import CellSpec, OperationSpec
 from ..core.errors import AttnnasError
 from ..core.options import check_counts, check_number
 from .dry_run import DryRun
-from .insertion import site_shapes
+from .insertion import FOUND, site_shapes
 from .profile import count_flops
 
 # %% ../../nbs/networks/12_sites.ipynb #fa937846
@@ -167,6 +167,9 @@ def propose_sites(model: nn.Module, example=None, budget: float | None = None, c
         places.append(Place(site, shape, cost, cost / max(whole, 1), proposed,
                             "" if proposed else left_out))
     return Proposal(type(model).__name__, whole, tuple(places))
+
+
+FOUND["auto"] = propose_sites
 
 
 def _cost(cell: CellSpec, shape: tuple) -> int:

@@ -191,6 +191,7 @@ def plot_verdict(found: SearchResult, judged: Verdict):
     except ModuleNotFoundError:
         raise AttnnasError("A picture needs the package matplotlib: "
                            "pip install 'attnnas[notebooks]'.") from None
+    from matplotlib.ticker import MaxNLocator
     is_epochs = judged.health is not None
     fig, axes = plt.subplots(1, 1 + is_epochs, figsize=(4 + 4 * is_epochs, 2.8), squeeze=False)
     rows = found.log.trajectory
@@ -210,6 +211,7 @@ def plot_verdict(found: SearchResult, judged: Verdict):
             axes[0, 1].plot(numbers, sink, marker=".", label=site)
         axes[0, 1].set(xlabel="epoch", ylabel="entropy of w_sink", ylim=(0, 1.05))
         axes[0, 1].legend()
+    for ax in axes[0]: ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     fig.suptitle(LAST[judged.status].split(":")[0])
     fig.tight_layout()
     return fig
