@@ -161,7 +161,7 @@ def site_maps(model: nn.Module, example=None) -> dict[str, Map]:
     return {name: found for name, found in maps.items() if found.channel_axis is not None}
 
 # %% ../../nbs/networks/03_insertion.ipynb #2dc70ead
-FOUND = {}  # a word that stands for sites -> the function that finds them; networks.sites adds "auto"
+FOUND = {}  # a word for sites -> the function that finds them; networks.sites adds "auto"
 
 
 def _names(model, sites, example, what) -> tuple[str, ...]:
