@@ -32,9 +32,9 @@ def r3d_18():
 
 
 def slow_r50():
-    "The network of pytorchvideo with one block a stage, and narrow."
+    "The network of pytorchvideo, narrow."
     from pytorchvideo.models.resnet import create_resnet
-    network = create_resnet(model_depth=18, model_num_class=4, stem_dim_out=4, dropout_rate=0,
+    network = create_resnet(model_depth=50, model_num_class=4, stem_dim_out=4, dropout_rate=0,
                             head_pool_kernel_size=(4, 1, 1))
     return network, "blocks.2"
 
