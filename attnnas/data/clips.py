@@ -24,7 +24,7 @@ class ClipSource(Protocol):
     classes: names of the classes.
     groups: {name: column of N strings}.
     fingerprint: a hash of all that determines the data.
-    batch: gives uint8 (B, C, T, H, W).
+    batch: gives uint8 (B, C, T, H, W), or floating-point numbers that are normalised already.
     """
     labels: Tensor
     classes: list
@@ -114,6 +114,14 @@ def read_views(clips: ClipSource, parts):
 def to_float(video: Tensor) -> Tensor:
     """Turn uint8 video into float32 of about zero mean and unit scale: (x / 255 - .45) / .225.
 
-    Shape and device stay.
+    Shape and device stay. Floating-point video was normalised by who made it: its values stay as
+    they are, in float32.
+
+    video: of any shape.
+    Raises: AttnnasError for whole numbers other than uint8, whose scale is not known.
     """
+    if video.is_floating_point(): return video.float()
+    if video.dtype != torch.uint8:
+        raise AttnnasError(f"video is {video.dtype}; expected torch.uint8 from 0 to 255, or "
+                           "floating-point numbers that are normalised already.")
     return video.to(torch.float32, copy=True).sub_(255 * .45).div_(255 * .225)

@@ -4,24 +4,30 @@
 
 # %% auto #0
 __all__ = ['SearchConfig', 'insert_supergraphs', 'supergraphs', 'connection_parameters', 'connection_snapshot', 'cost_of',
-           'search_loss', 'search_trainer', 'result_of', 'differentiable']
+           'search_loss', 'with_validation', 'search_trainer', 'result_of', 'differentiable', 'class_counts']
 
 # %% ../../nbs/search/04_differentiable.ipynb #45058aa2
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ..attention.formula import ACTIVATIONS
 from ..core.devices import versions
+from ..core.errors import AttnnasError
 from ..core.hashes import source_hash
 from ..core.options import check, option, to_plain
 from ..cells.fused import FusedSupergraph
 from ..cells.supergraph import TALK, ConnectionWeights, Supergraph, level_nodes
-from ..networks.insertion import insert, inserted, site_shapes
+from ..data.datasets import as_clips, check_trainable
+from ..networks.dry_run import DryRun
+from ..networks.insertion import EXAMPLE, insert, inserted, site_shapes
 from ..networks.profile import count_flops
+from ..networks.sites import REFERENCE, propose_sites
 from ..training.evaluation import Diverged
 from ..training.loop import Scored, Trainer, TrainingConfig, classify
 from .base import EpochLog, SearchResult
@@ -62,11 +68,14 @@ def insert_supergraphs(model: nn.Module, config: SearchConfig, sites=None,
 
     model: the network.
     config: the supergraphs, and whether they share their connection weights.
-    sites: names of modules; default: `model.default_sites`.
+    sites: names of modules; default: `model.default_sites`; "auto": those that `propose_sites`
+        proposes for cells of this width.
     example: the shape of an input; default: what the network says.
     Returns: `model`.
     Raises: AttnnasError for an unknown site.
     """
+    if isinstance(sites, str) and sites == "auto":
+        sites = propose_sites(model, example, cell=replace(REFERENCE, width=config.width))
     nodes = level_nodes(config.nodes, config.activations)
 
     def connections() -> ConnectionWeights:
@@ -162,16 +171,25 @@ def _clip_shape(clips) -> tuple:
     return 1, *clips.batch(torch.zeros(1, dtype=torch.long)).shape[1:]
 
 # %% ../../nbs/search/04_differentiable.ipynb #6783263b
+def with_validation(options: dict, clips) -> dict:
+    "Return `options` with the validation clips, if there are any, as a source of the same classes."
+    validation = options.get("validation")
+    if validation is None: return options
+    return options | {"validation": as_clips(validation, clips.classes)}
+
+# %% ../../nbs/search/04_differentiable.ipynb #4093d07b
 def search_trainer(model: nn.Module, clips, search: SearchConfig, training: TrainingConfig,
                    **options) -> Trainer:
     """Make a Trainer that gives connection weights their own rate and logs them.
 
     model: a network that has its supergraphs.
-    clips: the training clips.
+    clips: the training clips, in any form that `as_clips` takes.
     search: the options of the search.
     training: the options of the training.
-    options: the other arguments of `Trainer`.
+    options: the other arguments of `Trainer`; `validation` may have any form, too.
     """
+    clips = as_clips(clips)
+    options = with_validation(options, clips)
     own_rates = [(connection_parameters(model), search.connection_learning_rate)]
     loss = search_loss(model, _clip_shape(clips), search.cost_weight)
 
@@ -197,28 +215,66 @@ def result_of(search: SearchConfig, epochs, seed: int, seconds: dict, multiply_a
 
 # %% ../../nbs/search/04_differentiable.ipynb #f8c1b914
 def differentiable(model: nn.Module, clips, search: SearchConfig = SearchConfig(),
-                   training: TrainingConfig = TrainingConfig(), sites=None,
+                   training: TrainingConfig = TrainingConfig(), sites=None, example=None,
                    **options) -> SearchResult:
     """Search cells for `sites` of `model` by gradient descent.
 
-    model: the network; it is left with its trained supergraphs.
-    clips: the training clips.
+    model: the network, any module that maps clips to class scores; it is left with its trained
+        supergraphs.
+    clips: the training clips, in any form that `as_clips` takes.
     search: the options of the search.
     training: the options of the training.
-    sites: names of modules; default: `model.default_sites`.
-    options: the other arguments of `Trainer`.
+    sites: names of modules; default: `model.default_sites`; "auto": those that `propose_sites`
+        proposes.
+    example: as in `site_shapes`; default: the shape of a clip.
+    options: the other arguments of `Trainer`; `validation` may have any form, too.
     Returns: the result, whose log holds the connection weights.
-    Raises: AttnnasError for an unknown site; Diverged where the training diverged.
+    Raises: AttnnasError for an unknown site, for clips of one class, and for a network that gives
+        something else than a score for each class; Diverged where the training diverged.
     Source: talk, "Differentiable search".
     """
-    insert_supergraphs(model, search, sites)
+    clips = as_clips(clips)
+    check_trainable(clips)
+    options = with_validation(options, clips)
+    shape = _clip_shape(clips)
+    example = shape if example is None else example
+    _check_scores(model, example, clips)
+    insert_supergraphs(model, search, sites, example)
+    forward = _forward_cost(model, example)
     trainer = search_trainer(model, clips, search, training, **options)
     epochs = trainer.fit()
     if trainer.diverged:
         raise Diverged(f"The search diverged: {trainer.diverged}. Lower the learning rate.")
-    forward = count_flops(model, _clip_shape(clips)) // 2
     validated = len(epochs) * len(trainer.validation or ())
     cost = training_multiply_adds(forward, len(epochs) * len(clips), validated)
     provenance = {"source": source_hash("search.differentiable"), "data": clips.fingerprint,
-                  "versions": versions()}
+                  "versions": versions(), "counts": class_counts(clips, trainer.validation)}
     return result_of(search, epochs, trainer.seed, trainer.seconds, cost, provenance)
+
+# %% ../../nbs/search/04_differentiable.ipynb #36f69d4b
+def class_counts(clips, validation=None) -> dict:
+    "Count the clips of each class: {\"training\" and \"validation\": a list, by class}."
+    sources = {"training": clips, "validation": validation}
+    return {name: source.labels.bincount(minlength=len(source.classes)).tolist()
+            for name, source in sources.items() if source is not None}
+
+
+def _check_scores(model: nn.Module, example, clips):
+    "Raise AttnnasError for a network that does not give a score for each class."
+    tensors = [part for part in tree_leaves(example) if isinstance(part, torch.Tensor)]
+    dry = DryRun(model, tensors[0].device if tensors else "meta", advice=EXAMPLE)
+    with torch.no_grad(): scores = dry(dry.input(example))
+    classes = len(clips.classes)
+    is_tensor = isinstance(scores, torch.Tensor)
+    if is_tensor and scores.ndim == 2 and scores.shape[1] >= classes: return
+    gave = tuple(scores.shape) if is_tensor else type(scores).__name__
+    raise AttnnasError(f"{type(model).__name__} gives {gave}; expected scores (B, {classes}), one "
+                       "for each class of the clips. Make it with that number of classes.")
+
+
+def _forward_cost(model: nn.Module, example) -> int:
+    "Multiply-adds of a clip; 0, with a warning, where they cannot be counted."
+    try: return count_flops(model, example) // 2
+    except AttnnasError as error:
+        warnings.warn(f"The multiply-adds of the search are noted as 0: {error}")
+        return 0

@@ -7,16 +7,17 @@ __all__ = ['METHODS', 'Method', 'search_config', 'black_box']
 
 # %% ../../nbs/search/12_methods.ipynb #6d885ebd
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import NamedTuple
 
 from ..core.errors import AttnnasError, choose
 from ..core.options import from_fields
 from ..data.clips import ClipSource
+from ..data.datasets import as_clips
 from ..training.loop import TrainingConfig
 from .bandit import BanditConfig, bandit
 from .base import SearchResult
-from .differentiable import SearchConfig, differentiable
+from .differentiable import SearchConfig, class_counts, differentiable
 from .evolution import EvolutionConfig, evolution
 from .objective import CellTraining
 from .random import RandomConfig, random
@@ -71,20 +72,22 @@ def _check_owner(option: str, method: str):
 def black_box(config: BlackBoxConfig, backbone: Callable, clips: ClipSource,
               validation: ClipSource, training: TrainingConfig = TrainingConfig(), sites=None,
               device: str = "cpu", seed: int = 0, journal=None,
-              progress: Callable | None = None) -> SearchResult:
+              progress: Callable | None = None, example=None) -> SearchResult:
     """Search the cell for the sites of a backbone by a black-box method.
 
     config: the options of the method; they name it.
     backbone: a function of the number of classes that makes the network.
-    clips: the training clips.
-    validation: the clips that decide between cells.
+    clips: the training clips, in any form that `as_clips` takes.
+    validation: the clips that decide between cells, likewise.
     training: the options of every trial's training.
-    sites: names of modules of the network; default: its `default_sites`.
+    sites: names of modules of the network; default: its `default_sites`; "auto": those that
+        `propose_sites` proposes.
     device: where the trials are trained.
     seed: decides the cells and the seeds of their trials.
     journal: the path of a file that holds the trials; the same call with it continues a search that
         was stopped. Default: none is kept.
     progress: `progress(made, trials)`, called after each trial.
+    example: an input of the network, as in `site_shapes`; default: the shape of a clip.
     Returns: the result; its log has the trials, and one cell for all sites.
     Raises: AttnnasError for a configuration of the differentiable search and for an unknown site;
         AnotherStudy for a journal of a search with other settings; Interrupted when asked to stop.
@@ -94,8 +97,12 @@ def black_box(config: BlackBoxConfig, backbone: Callable, clips: ClipSource,
                  if issubclass(method.options, BlackBoxConfig)]
         raise AttnnasError(f"A black-box search has the options of {', '.join(names)}; "
                            f"got {type(config).__name__}.")
-    if not sites: sites = backbone(len(clips.classes)).default_sites
-    objective = CellTraining(backbone, clips, validation, training, tuple(sites), device)
+    clips = as_clips(clips)
+    if not sites: sites = tuple(getattr(backbone(len(clips.classes)), "default_sites", ()))
+    sites = sites if isinstance(sites, str) else tuple(sites)
+    objective = CellTraining(backbone, clips, validation, training, sites, device, example)
     search = METHODS[config.method].search
-    return search(config.space, objective, config.trials, seed, journal, show=False,
-                  progress=progress, **config.settings)
+    found = search(config.space, objective, config.trials, seed, journal, show=False,
+                   progress=progress, **config.settings)
+    counts = class_counts(objective.clips, objective.validation)
+    return replace(found, provenance=found.provenance | {"counts": counts})

@@ -16,8 +16,10 @@ from ..core.options import to_plain
 from ..core.seeds import seed_everything
 from ..cells.spec import CellSpec
 from ..data.clips import ClipSource
+from ..data.datasets import as_clips, check_trainable
 from ..networks.insertion import insert
 from ..networks.profile import count_flops
+from ..networks.sites import propose_sites
 from ..training.evaluation import evaluate
 from ..training.loop import Trainer, TrainingConfig
 from .cost import training_multiply_adds
@@ -29,11 +31,14 @@ class CellTraining:
     """An objective that trains a network with the cell.
 
     backbone: a function of the number of classes, such as partial(create_model, "i3d_small").
-    clips: the training clips.
-    validation: the clips that decide the score.
+    clips: the training clips, in any form that `as_clips` takes.
+    validation: the clips that decide the score, likewise.
     training: the options of the training.
-    sites: names of the modules after which the cell goes; default: the network's own.
+    sites: names of the modules after which the cell goes; default: the network's own; "auto": those
+        that `propose_sites` proposes, the same for every cell.
     device: where it is trained; it is no part of the identity.
+    example: an input of the network, as in `site_shapes`; default: the shape of a clip.
+    Raises: AttnnasError for training clips of one class.
     """
     backbone: Callable
     clips: ClipSource
@@ -41,6 +46,21 @@ class CellTraining:
     training: TrainingConfig = TrainingConfig()
     sites: tuple | None = None
     device: str = "cpu"
+    example: object = None
+
+    def __post_init__(self):
+        clips = as_clips(self.clips)
+        check_trainable(clips)
+        known = {"clips": clips, "validation": as_clips(self.validation, clips.classes)}
+        if self.example is None:
+            first = clips.batch(torch.zeros(1, dtype=torch.int64))
+            known["example"] = tuple(first.shape)
+        for name, value in known.items(): object.__setattr__(self, name, value)
+        if isinstance(self.sites, str):
+            sites = (self.sites,)
+            if self.sites == "auto":
+                sites = propose_sites(self.backbone(len(clips.classes)), self.example).names
+            object.__setattr__(self, "sites", sites)
 
     @property
     def settings(self) -> dict:
@@ -58,9 +78,8 @@ class CellTraining:
         Raises: AttnnasError for an unknown site.
         """
         seed_everything(seed)
-        model = insert(self.backbone(len(self.clips.classes)), cell, self.sites)
-        shape = (1, *self.clips.batch(torch.zeros(1, dtype=torch.int64)).shape[1:])
-        forward = count_flops(model, shape) // 2
+        model = insert(self.backbone(len(self.clips.classes)), cell, self.sites, self.example)
+        forward = count_flops(model, self.example) // 2
         trainer = Trainer(model, self.clips, self.training, seed=seed, device=self.device)
         trained = len(trainer.fit()) * len(self.clips)
         cost = {"multiply_adds": training_multiply_adds(forward, trained, len(self.validation)),
