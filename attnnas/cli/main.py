@@ -10,12 +10,12 @@ import argparse
 import importlib.metadata
 import sys
 
-from . import data, doctor, reproduce, show, train
+from . import data, doctor, predict, reproduce, show, train
 from ..core.errors import AttnnasError
 from ..core.system import check_system
 
 # %% ../../nbs/cli/09_main.ipynb #206321ef
-COMMANDS = (reproduce, train, show, doctor)
+COMMANDS = (reproduce, train, predict, show, doctor)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,12 +44,13 @@ def main(argv=None) -> int:
     """Run the command line.
 
     argv: its words; default: those that the program was called with.
-    Returns: the exit code: 0, 2 for bad input, 130 when stopped.
+    Returns: the exit code: 0, 2 for bad input, 130 when stopped, or what a command returns, such
+        as 1 where some videos of a prediction could not be read.
     """
     args = parser().parse_args(argv)
     try:
         check_system()
-        args.run(args)
+        code = args.run(args)
     except AttnnasError as error:
         print(f"attnnas {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -57,4 +58,4 @@ def main(argv=None) -> int:
         print(f"attnnas {args.command}: stopped. Finished runs are kept; the same command "
               "continues.", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
