@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['add_commands', 'network_of']
 
-# %% ../../nbs/cli/07_predict.ipynb #434abb5a
+# %% ../../nbs/cli/07_predict.ipynb #8507aebd
 import csv
 import io
 import json
@@ -23,7 +23,7 @@ from ..figures.attention_video import attention_video, check_output
 from ..networks.saved import CONFIG, load, save
 from ..training.predict import predict
 
-# %% ../../nbs/cli/07_predict.ipynb #4e796cad
+# %% ../../nbs/cli/07_predict.ipynb #78fc65d1
 def add_commands(add):
     "Add `predict` and `save`; see `attnnas.cli.train.add_commands`."
     parser = add("predict", _predict, "Tell the classes of videos by a trained network. The exit "
@@ -51,7 +51,7 @@ def add_commands(add):
                         help="the beginning of a run's key, or a record file")
     parser.add_argument("folder", help="where to write")
 
-# %% ../../nbs/cli/07_predict.ipynb #9864acc1
+# %% ../../nbs/cli/07_predict.ipynb #10d0c333
 def network_of(what: str, results="reproduced") -> nn.Module:
     """Return a trained network, in evaluation mode.
 
@@ -83,7 +83,7 @@ def _record_file(what: str, results) -> Path:
                        "expected 1. `attnnas list runs` lists them; --results names another "
                        "folder.")
 
-# %% ../../nbs/cli/07_predict.ipynb #43a67c52
+# %% ../../nbs/cli/07_predict.ipynb #13af6cac
 def _predict(args) -> int:
     outputs = [args.json, args.csv]
     if outputs.count("-") > 1: raise AttnnasError("--json - and --csv - both want the terminal.")
@@ -111,7 +111,7 @@ def _write(place: str | None, text: str):
         write_atomic(place, text.encode("utf-8", "surrogateescape"))
         print(f"Written: {place}", file=sys.stderr)
 
-# %% ../../nbs/cli/07_predict.ipynb #7efe21c9
+# %% ../../nbs/cli/07_predict.ipynb #1bf29a55
 def _table(found: list) -> str:
     "A line a video, and a line a class."
     lines = []
@@ -133,7 +133,7 @@ def _csv(found: list) -> str:
             writer.writerow((p.path, rank, name, share, p.note, ""))
     return table.getvalue()
 
-# %% ../../nbs/cli/07_predict.ipynb #2d990d51
+# %% ../../nbs/cli/07_predict.ipynb #56da8fe1
 def _draw(args, network: nn.Module, paths: list):
     "Draw the attention of each video that was read, into a file of its own."
     if not args.attention: return
@@ -150,7 +150,7 @@ def _draw(args, network: nn.Module, paths: list):
         attention_video(network, path, place, device=args.device)
         print(f"Written: {place}", file=sys.stderr)
 
-# %% ../../nbs/cli/07_predict.ipynb #94454749
+# %% ../../nbs/cli/07_predict.ipynb #0ce273a1
 def _save(args):
     network = network_of(args.network, args.results)
     folder = save(network, args.folder)

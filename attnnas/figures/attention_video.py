@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENDINGS', 'Panel', 'attended', 'deepest_map', 'Sheet', 'check_output', 'attention_frames', 'attention_video']
 
-# %% ../../nbs/figures/05_attention_video.ipynb #30740834
+# %% ../../nbs/figures/05_attention_video.ipynb #d044da30
 import io
 import math
 from pathlib import Path
@@ -26,7 +26,7 @@ from .attention import Seen, collect, to_pixels
 from ..networks.insertion import inserted, site_shapes
 from ..training.predict import Prediction, at_work, clip_config, predict, read_clip
 
-# %% ../../nbs/figures/05_attention_video.ipynb #4a72dc7a
+# %% ../../nbs/figures/05_attention_video.ipynb #627ab446
 _QUERIES = 512  # at once: the rows of an attention matrix are large
 
 
@@ -60,7 +60,7 @@ def attended(seen: Seen) -> Tensor:
         total = total + operation.weights(x, queries)[0].float().sum(0)
     return total.view(sizes).cpu()
 
-# %% ../../nbs/figures/05_attention_video.ipynb #2b47e734
+# %% ../../nbs/figures/05_attention_video.ipynb #92a6f5f7
 def _panels(model: nn.Module, x: Tensor) -> list:
     "A Panel for each operation that has weights of positions; else one of Grad-CAM."
     if not any(isinstance(added, AttentionCell) for added in inserted(model).values()):
@@ -93,7 +93,7 @@ def _gradcam(model: nn.Module, x: Tensor) -> Panel:
     weights = weights.reshape(-1, *weights.shape[-2:])  # of a clip, or of each of its frames
     return Panel(f"Grad-CAM at {name}\nfor the class above", "Grad-CAM", weights)
 
-# %% ../../nbs/figures/05_attention_video.ipynb #7810cadf
+# %% ../../nbs/figures/05_attention_video.ipynb #558b3598
 _SIDE = 224     # pixels of a panel's shorter side: the longest title of an operation fits
 _GAP = 12
 _LINE = 16      # pixels of a line of text
@@ -137,7 +137,7 @@ def _enlarged(video: Tensor, side: int) -> Tensor:
     return F.interpolate(frames, size, mode="bilinear", antialias=scale < 1).round().byte()\
         .transpose(0, 1)
 
-# %% ../../nbs/figures/05_attention_video.ipynb #c16fc425
+# %% ../../nbs/figures/05_attention_video.ipynb #f4e4828a
 def _pillow():
     try: from PIL import Image, ImageDraw, ImageFont
     except ImportError:
@@ -159,7 +159,7 @@ def _fitting(draw, text: str, font, width: int) -> str:
     while text and draw.textlength(text + "…", font) > width: text = text[:-1]
     return text.rstrip() + "…"
 
-# %% ../../nbs/figures/05_attention_video.ipynb #0ff2262e
+# %% ../../nbs/figures/05_attention_video.ipynb #879cb442
 def _columns(count: int, wide: int, high: int) -> int:
     "How many of `count` pictures stand in a row: few places stay empty, and the page is 3 to 2."
     def cost(columns: int) -> float:
@@ -230,7 +230,7 @@ def _frames(sheet: Sheet, video: Tensor, heats: list, numbers: tuple) -> Tensor:
                      .view(page.height, page.width, 3))
     return torch.stack(drawn).permute(3, 0, 1, 2)
 
-# %% ../../nbs/figures/05_attention_video.ipynb #c02521da
+# %% ../../nbs/figures/05_attention_video.ipynb #dbc89f7d
 ENDINGS = (".mp4", ".gif")
 
 
@@ -253,7 +253,7 @@ def _write(path: Path, video: Tensor, fps: int):
         content = file.getvalue()
     write_atomic(path, content)
 
-# %% ../../nbs/figures/05_attention_video.ipynb #224c3d98
+# %% ../../nbs/figures/05_attention_video.ipynb #e0392e22
 def attention_frames(model: nn.Module, video, *, device: str = "auto", preprocessing=None,
                      classes=None) -> Tensor:
     """Draw what a network attends to in a video, a picture for each frame of one clip.

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'WEIGHTS', 'CONFIG', 'CARD', 'describe_inserted', 'save', 'load', 'from_pretrained', 'push_to_hub']
 
-# %% ../../nbs/networks/13_saved.ipynb #c2cfdc81
+# %% ../../nbs/networks/13_saved.ipynb #d8158eb0
 import hashlib
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ from .non_local import NonLocalBlock
 from .registry import create_model
 from .weights import _network, _some
 
-# %% ../../nbs/networks/13_saved.ipynb #ebeccaec
+# %% ../../nbs/networks/13_saved.ipynb #9da8a58d
 def describe_inserted(module: nn.Module) -> dict:
     """Describe what `insert` put behind a module, such that it can be made again.
 
@@ -47,7 +47,7 @@ def describe_inserted(module: nn.Module) -> dict:
             return {"kind": "sequence", "parts": parts}
     return {"kind": "other", "class": type(module).__name__}
 
-# %% ../../nbs/networks/13_saved.ipynb #b3441eba
+# %% ../../nbs/networks/13_saved.ipynb #44188bc4
 def _again(about: dict, site: str) -> nn.Module:
     "Make what `describe_inserted` described, at `site`. Raises: AttnnasError where it cannot."
     kind = about.get("kind")
@@ -61,7 +61,7 @@ def _again(about: dict, site: str) -> nn.Module:
                        "does not describe. Give load(folder, network=...), a network in which it "
                        "is inserted.")
 
-# %% ../../nbs/networks/13_saved.ipynb #bc588325
+# %% ../../nbs/networks/13_saved.ipynb #87f94ee5
 def _sites(network: nn.Module) -> dict:
     "{site: what is inserted there, and the axis of its channels}, the outer site before the inner."
     added = inserted(network)
@@ -102,7 +102,7 @@ def _take_out(network: nn.Module, made: list):
             for leaf, child in list(parent._modules.items()):
                 if child is site: parent._modules[leaf] = site.original
 
-# %% ../../nbs/networks/13_saved.ipynb #1b3b339c
+# %% ../../nbs/networks/13_saved.ipynb #190ba97e
 def _values(network: nn.Module) -> tuple[dict, dict]:
     """Read the state of a network.
 
@@ -140,7 +140,7 @@ def _hash(tensors: dict) -> str:
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/networks/13_saved.ipynb #f443971e
+# %% ../../nbs/networks/13_saved.ipynb #fec604d8
 SCHEMA_VERSION = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _NOT_KEPT = ("pretrained", "weights")  # where a network started from; its weights are in the file
@@ -166,7 +166,7 @@ def _recipe(network: nn.Module) -> dict | None:
     return {"name": made_by["name"], "num_classes": made_by["num_classes"],
             "options": _plain(options, what)}
 
-# %% ../../nbs/networks/13_saved.ipynb #c385143d
+# %% ../../nbs/networks/13_saved.ipynb #55f04e77
 def _check_classes(classes, recipe):
     if classes is None: return
     if not all(isinstance(name, str) for name in classes):
@@ -192,7 +192,7 @@ def _config(network: nn.Module, classes, preprocessing, made_from) -> dict:
             "preprocessing": _plain(given(preprocessing, "preprocessing"), "preprocessing"),
             "made_from": _plain(given(made_from, "made_from"), "made_from")}
 
-# %% ../../nbs/networks/13_saved.ipynb #f7f807b5
+# %% ../../nbs/networks/13_saved.ipynb #bdd10673
 _OURS = "<!-- Written by attnnas.save; delete this line, and the card is yours: it is kept. -->"
 
 
@@ -218,7 +218,7 @@ def _listed(values) -> list:
     if isinstance(values, list): return ["", ", ".join(map(str, values))]
     return ["", *(f"- {key}: `{json.dumps(value)[:200]}`" for key, value in values.items())]
 
-# %% ../../nbs/networks/13_saved.ipynb #7449859b
+# %% ../../nbs/networks/13_saved.ipynb #81b0b0e6
 def save(model: nn.Module, folder, *, classes=None, preprocessing: dict | None = None,
          made_from: dict | None = None) -> Path:
     """Write a network into a folder, in the layout of the Hugging Face hub.
@@ -251,7 +251,7 @@ def save(model: nn.Module, folder, *, classes=None, preprocessing: dict | None =
     write_json(folder / CONFIG, config)
     return folder
 
-# %% ../../nbs/networks/13_saved.ipynb #b866eb02
+# %% ../../nbs/networks/13_saved.ipynb #48b26db7
 def _read(folder: Path) -> tuple[dict, dict]:
     """Read a folder.
 
@@ -280,7 +280,7 @@ def _read(folder: Path) -> tuple[dict, dict]:
     others = {name: kept for name, kept in header.items() if kept in tensors}
     return config, tensors | {name: tensors[kept] for name, kept in others.items()}
 
-# %% ../../nbs/networks/13_saved.ipynb #02022633
+# %% ../../nbs/networks/13_saved.ipynb #3fecbcce
 _NEEDED = {"network": (dict, type(None)), "inserted": dict, "class_name": str,
            "classes": (list, type(None)), "preprocessing": (dict, type(None)),
            "made_from": (dict, type(None))}
@@ -312,7 +312,7 @@ def _matching(config: dict, header: dict, folder: Path) -> dict:
     same = config.get("weights") in (None, own["weights"])
     return config if same else own
 
-# %% ../../nbs/networks/13_saved.ipynb #5adb72e0
+# %% ../../nbs/networks/13_saved.ipynb #d16e84cc
 def _check_fit(network: nn.Module, tensors: dict, folder):
     "Raises: AttnnasError where names or shapes of `tensors` are not those of the network."
     state = network.state_dict()
@@ -334,7 +334,7 @@ def _fill(network: nn.Module, tensors: dict):
         if name in tensors: tensor.data = tensor.data.to(tensors[name].dtype)
     network.load_state_dict(tensors)
 
-# %% ../../nbs/networks/13_saved.ipynb #5f8b7f32
+# %% ../../nbs/networks/13_saved.ipynb #5cec38e1
 def load(folder, network: nn.Module | None = None, device: str = "cpu") -> nn.Module:
     """Read the network that `save` wrote.
 
@@ -370,7 +370,7 @@ def load(folder, network: nn.Module | None = None, device: str = "cpu") -> nn.Mo
     for name in ("classes", "preprocessing", "made_from"): setattr(bare, name, config[name])
     return network.to(where).eval()
 
-# %% ../../nbs/networks/13_saved.ipynb #d322d386
+# %% ../../nbs/networks/13_saved.ipynb #483fb2df
 def _hub():
     try: import huggingface_hub
     except ImportError:
@@ -399,7 +399,7 @@ def from_pretrained(name, network: nn.Module | None = None, device: str = "cpu",
                            f"hub: {told}") from None
     return load(folder, network, device)
 
-# %% ../../nbs/networks/13_saved.ipynb #d2846509
+# %% ../../nbs/networks/13_saved.ipynb #d2a321dd
 def push_to_hub(model: nn.Module, name: str, *, private: bool = True, token=None, **about) -> str:
     """Send a network to a repository of the Hugging Face hub, which is made where it is missing.
 
