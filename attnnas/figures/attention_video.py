@@ -29,7 +29,7 @@ from ..training.predict import Prediction, at_work, clip_config, predict, read_c
 # %% ../../nbs/figures/05_attention_video.ipynb #627ab446
 _QUERIES = 512  # at once: the rows of an attention matrix are large
 
-
+# %% ../../nbs/figures/05_attention_video.ipynb #fdd98c9a
 class Panel(NamedTuple):
     """What is drawn of one operation.
 
@@ -41,7 +41,7 @@ class Panel(NamedTuple):
     kind: str
     weights: Tensor
 
-
+# %% ../../nbs/figures/05_attention_video.ipynb #fc313a7a
 @torch.no_grad()
 def attended(seen: Seen) -> Tensor:
     """Return how much an operation attends to each position of one clip.
@@ -73,7 +73,7 @@ def _panels(model: nn.Module, x: Tensor) -> list:
         found.append(Panel(f"{site}, operation {number}\n{seen.spec}", kind, weights))
     return found or [_gradcam(model, x)]
 
-
+# %% ../../nbs/figures/05_attention_video.ipynb #7c964fd8
 def deepest_map(model: nn.Module, x: Tensor) -> str:
     """Name the last module of a network that gives a feature map of more than one position.
 
@@ -86,7 +86,7 @@ def deepest_map(model: nn.Module, x: Tensor) -> str:
     raise AttnnasError(f"{type(model).__name__} has no cell, and no feature map (B, C, T, H, W) "
                        "for Grad-CAM. There is nothing to draw.")
 
-
+# %% ../../nbs/figures/05_attention_video.ipynb #0d89e649
 def _gradcam(model: nn.Module, x: Tensor) -> Panel:
     name = deepest_map(model, x)
     weights = gradcam(model, x, name)[:, 0].float().cpu()
@@ -101,7 +101,7 @@ _TITLE = 54     # pixels above a panel, for three lines
 _HEAD = 62      # pixels above all, for the classes
 _GREY = "#555555"
 
-
+# %% ../../nbs/figures/05_attention_video.ipynb #dd61a4d7
 def _heats(panels: list, shape: tuple) -> list:
     "The weights of each pixel, (T, H, W) in [0, 1], on the scale of the panel's kind."
     heats = []
@@ -113,13 +113,13 @@ def _heats(panels: list, shape: tuple) -> list:
         heats.append(to_pixels(own, shape))
     return heats
 
-
+# %% ../../nbs/figures/05_attention_video.ipynb #0035925f
 def _place(panel: Panel, panels: list) -> int:
     "The number of a panel among those of its kind."
     kin = [other for other in panels if other.kind == panel.kind]
     return next(k for k, other in enumerate(kin) if other is panel)
 
-
+# %% ../../nbs/figures/05_attention_video.ipynb #d6bfc7aa
 def _colours(video: Tensor) -> Tensor:
     "The colours of a clip (C, T, H, W), uint8 (3, T, H, W); flow alone is drawn by its strength."
     if len(video) >= 3: return video[:3]
@@ -127,7 +127,7 @@ def _colours(video: Tensor) -> Tensor:
     grey = 255 * strength / strength.max().clamp(min=1)
     return grey.byte().expand(3, -1, -1, -1)
 
-
+# %% ../../nbs/figures/05_attention_video.ipynb #7414194c
 def _enlarged(video: Tensor, side: int) -> Tensor:
     "A clip (3, T, H, W) whose shorter side has about `side` pixels."
     high, wide = video.shape[-2:]
@@ -145,14 +145,14 @@ def _pillow():
                            "pip install 'attnnas[notebooks]'") from None
     return Image, ImageDraw, ImageFont
 
-
+# %% ../../nbs/figures/05_attention_video.ipynb #ef4c55b7
 def _font(size: int):
     "A font that has more than the Latin letters; Matplotlib brings it."
     _, _, fonts = _pillow()
     from matplotlib import get_data_path
     return fonts.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
 
-
+# %% ../../nbs/figures/05_attention_video.ipynb #ee78627a
 def _fitting(draw, text: str, font, width: int) -> str:
     "A text, cut at its end where it is too long."
     if draw.textlength(text, font) <= width: return text
@@ -169,7 +169,7 @@ def _columns(count: int, wide: int, high: int) -> int:
 
     return min(range(1, count + 1), key=cost)
 
-
+# %% ../../nbs/figures/05_attention_video.ipynb #98bff1cc
 class Sheet(NamedTuple):
     """A page that is the same for all frames, and where pictures go on it.
 
@@ -179,7 +179,7 @@ class Sheet(NamedTuple):
     page: object
     places: list
 
-
+# %% ../../nbs/figures/05_attention_video.ipynb #ceea7201
 def _sheet(prediction: Prediction, panels: list, wide: int, high: int) -> Sheet:
     "Lay out the classes, the clip and the panels."
     images, drawing, _ = _pillow()
@@ -207,10 +207,10 @@ def _sheet(prediction: Prediction, panels: list, wide: int, high: int) -> Sheet:
         places.append((left, top + _TITLE))
     return Sheet(page, places)
 
-
+# %% ../../nbs/figures/05_attention_video.ipynb #0a7b4ecf
 def _range(weights: Tensor) -> str: return f"weights {weights.min():.4g} to {weights.max():.4g}"
 
-
+# %% ../../nbs/figures/05_attention_video.ipynb #4d583921
 def _frames(sheet: Sheet, video: Tensor, heats: list, numbers: tuple) -> Tensor:
     "Draw every frame, with its number in the video: uint8 (3, T, H, W)."
     images, drawing, _ = _pillow()
@@ -233,13 +233,13 @@ def _frames(sheet: Sheet, video: Tensor, heats: list, numbers: tuple) -> Tensor:
 # %% ../../nbs/figures/05_attention_video.ipynb #dbc89f7d
 ENDINGS = (".mp4", ".gif")
 
-
+# %% ../../nbs/figures/05_attention_video.ipynb #09cac9f2
 def check_output(path):
     "Raises: AttnnasError for a file that is neither an .mp4 nor a .gif."
     if Path(path).suffix.lower() in ENDINGS: return
     raise AttnnasError(f"{path} is neither an .mp4 nor a .gif. Give a file name that ends so.")
 
-
+# %% ../../nbs/figures/05_attention_video.ipynb #d45827a2
 def _write(path: Path, video: Tensor, fps: int):
     "Write a video (3, T, H, W)."
     if path.suffix.lower() == ".mp4": content = encode(video, fps, "yuv420p")
@@ -284,7 +284,7 @@ def attention_frames(model: nn.Module, video, *, device: str = "auto", preproces
     sheet = _sheet(Prediction(name, made.classes), panels, wide, high)
     return _frames(sheet, shown, _heats(panels, tuple(shown.shape[1:])), cut.frames)
 
-
+# %% ../../nbs/figures/05_attention_video.ipynb #b7bd29f7
 def _bytes(video: Tensor) -> Tensor:
     "A clip as bytes; one of floating-point numbers is stretched from its least to its greatest."
     if video.dtype == torch.uint8: return video.cpu()
@@ -292,7 +292,7 @@ def _bytes(video: Tensor) -> Tensor:
     span = (video.max() - video.min()).clamp(min=1e-6)
     return (255 * (video - video.min()) / span).round().byte()
 
-
+# %% ../../nbs/figures/05_attention_video.ipynb #ffe7c567
 def attention_video(model: nn.Module, video, output, *, fps: int = 8, **options) -> Path:
     """Write a video of what a network attends to; see `attention_frames`.
 

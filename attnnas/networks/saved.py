@@ -68,7 +68,7 @@ def _sites(network: nn.Module) -> dict:
     return {name: {"channel_axis": site.channel_axis} | describe_inserted(added[name])
             for name, site in network.named_modules() if name in added}
 
-
+# %% ../../nbs/networks/13_saved.ipynb #66299aa4
 def _put_back(network: nn.Module, sites: dict) -> list:
     """Insert what `_sites` described, where it is not there yet.
 
@@ -94,7 +94,7 @@ def _put_back(network: nn.Module, sites: dict) -> list:
         raise
     return made
 
-
+# %% ../../nbs/networks/13_saved.ipynb #90905469
 def _take_out(network: nn.Module, made: list):
     "Undo `_put_back`, the inner sites first."
     for site in reversed(made):
@@ -125,12 +125,12 @@ def _values(network: nn.Module) -> tuple[dict, dict]:
             kept[name] = value.detach().cpu().contiguous().clone()
     return kept, same
 
-
+# %% ../../nbs/networks/13_saved.ipynb #0e2b07a7
 def _kind(value) -> str:
     if not isinstance(value, torch.Tensor): return f"a {type(value).__name__}"
     return "without values (meta)" if value.is_meta else str(value.layout)
 
-
+# %% ../../nbs/networks/13_saved.ipynb #10d7079d
 def _hash(tensors: dict) -> str:
     "Hash names, types, shapes and values: 16 hexadecimal digits."
     digest = hashlib.sha256()
@@ -145,7 +145,7 @@ SCHEMA_VERSION = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _NOT_KEPT = ("pretrained", "weights")  # where a network started from; its weights are in the file
 
-
+# %% ../../nbs/networks/13_saved.ipynb #a671eb2b
 def _plain(value, what: str):
     "Return a value as JSON gives it back. Raises: AttnnasError where JSON cannot hold it."
     if value is None or type(value) in (bool, int, float, str): return value
@@ -155,7 +155,7 @@ def _plain(value, what: str):
     raise AttnnasError(f"{what} holds {value!r}, a {type(value).__name__}, which {CONFIG} cannot "
                        "hold. Give numbers, strings, lists and dictionaries.")
 
-
+# %% ../../nbs/networks/13_saved.ipynb #f97815e7
 def _recipe(network: nn.Module) -> dict | None:
     "How `create_model` makes the network; None for a network of one's own."
     made_by = getattr(network, "made_by", None)
@@ -177,7 +177,7 @@ def _check_classes(classes, recipe):
         raise AttnnasError(f"{len(classes)} classes for a network of {count}: give a name for each "
                            "score.")
 
-
+# %% ../../nbs/networks/13_saved.ipynb #98fde511
 def _config(network: nn.Module, classes, preprocessing, made_from) -> dict:
     "All that `config.json` says but the hash of the weights. Raises: AttnnasError."
     def given(value, name): return getattr(network, name, None) if value is None else value
@@ -195,7 +195,7 @@ def _config(network: nn.Module, classes, preprocessing, made_from) -> dict:
 # %% ../../nbs/networks/13_saved.ipynb #bdd10673
 _OURS = "<!-- Written by attnnas.save; delete this line, and the card is yours: it is kept. -->"
 
-
+# %% ../../nbs/networks/13_saved.ipynb #bae25cf1
 def _card(config: dict) -> str:
     "Return the text of a model card."
     recipe = config["network"]
@@ -212,7 +212,7 @@ def _card(config: dict) -> str:
         if config[what] is not None: lines += ["", f"## {what}", *_listed(config[what])]
     return "\n".join(lines) + "\n"
 
-
+# %% ../../nbs/networks/13_saved.ipynb #d29ce43d
 def _listed(values) -> list:
     "A line an entry of a dictionary, or all names of a list in one."
     if isinstance(values, list): return ["", ", ".join(map(str, values))]
@@ -285,7 +285,7 @@ _NEEDED = {"network": (dict, type(None)), "inserted": dict, "class_name": str,
            "classes": (list, type(None)), "preprocessing": (dict, type(None)),
            "made_from": (dict, type(None))}
 
-
+# %% ../../nbs/networks/13_saved.ipynb #41b54fb3
 def _checked(config, path) -> dict:
     "Return a configuration. Raises: AttnnasError where this release cannot read it."
     ours = isinstance(config, dict) and config.get("library_name") == "attnnas"
@@ -304,7 +304,7 @@ def _checked(config, path) -> dict:
                                  "type. Fetch or save it again.")
     return config
 
-
+# %% ../../nbs/networks/13_saved.ipynb #b0f05de5
 def _matching(config: dict, header: dict, folder: Path) -> dict:
     "The configuration of the weights: a save that was interrupted left that of older ones."
     if "attnnas" not in header: return config
@@ -326,7 +326,7 @@ def _check_fit(network: nn.Module, tensors: dict, folder):
                                 f"{type(network).__name__}: {said}. Give the network that was "
                                 "saved.")
 
-
+# %% ../../nbs/networks/13_saved.ipynb #d2ce6f12
 def _fill(network: nn.Module, tensors: dict):
     "Load the weights, in the types that they have in the file; shared tensors stay shared."
     own = dict(network.named_parameters()) | dict(network.named_buffers())
@@ -378,7 +378,7 @@ def _hub():
                            "'attnnas[hub]'.") from None
     return huggingface_hub
 
-
+# %% ../../nbs/networks/13_saved.ipynb #db3ce711
 def from_pretrained(name, network: nn.Module | None = None, device: str = "cpu",
                     **options) -> nn.Module:
     """Load a network from a folder, or from a repository of the Hugging Face hub.

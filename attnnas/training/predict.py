@@ -68,7 +68,7 @@ class _Known(NamedTuple):
     frames: tuple
     count: int
 
-
+# %% ../../nbs/training/08_predict.ipynb #9949773b
 class _Files(VideoClips):
     "A test split of video files without classes; `known` says {row: _Known} of what was read."
 
@@ -153,7 +153,7 @@ class _Scorer(nn.Module):
         raise AttnnasError(f"{type(self.network).__name__} gives {given} for {len(x)} clips; a "
                            "prediction needs class scores (B, classes).")
 
-
+# %% ../../nbs/training/08_predict.ipynb #a8d39358
 @contextmanager
 def at_work(network: nn.Module, device: str):
     """Hold a network in evaluation mode on a device, and give back what it was.
@@ -217,7 +217,7 @@ _ASK = ('Give preprocessing={"frames": 16, "stride": 1, "size": 112, "stream": "
         "numbers of its training.")
 _FLOW_LIMIT = 3600.  # seconds that the flow of one video may take
 
-
+# %% ../../nbs/training/08_predict.ipynb #0aba838c
 def _opened(videos, config: ClipConfig | None, flow: str, told: Callable):
     "The names of what is asked for, and a source of its clips."
     if isinstance(videos, Tensor):
@@ -278,7 +278,7 @@ def _scores(model: nn.Module, clips, at_once: int, device) -> dict:
         return {}
     return dict(zip(rows.tolist(), scores))
 
-
+# %% ../../nbs/training/08_predict.ipynb #99c3712e
 def _prediction(i: int, clips, scores, names, top: int, config) -> Prediction:
     "The prediction of a row, without its path."
     if scores is None:
@@ -299,7 +299,7 @@ def _prediction(i: int, clips, scores, names, top: int, config) -> Prediction:
     ranked = tuple((names[k], shares[k].item()) for k in ranking)
     return Prediction("", ranked, known.frames, note, scores=scores)
 
-
+# %% ../../nbs/training/08_predict.ipynb #440409c4
 def _as_asked(names: list, clips, made: list) -> list:
     "A prediction a name; a file that was asked for twice was read once."
     if isinstance(clips, _Given): rows = range(len(names))
@@ -320,7 +320,7 @@ class Cut(NamedTuple):
     frames: tuple
     count: int
 
-
+# %% ../../nbs/training/08_predict.ipynb #0a392ba1
 def read_clip(video, config: ClipConfig | None) -> Cut:
     """Cut the one clip of a video, or of a clip in memory, that `predict` looks at with one view.
 
