@@ -10,12 +10,12 @@ import argparse
 import importlib.metadata
 import sys
 
-from . import data, doctor, reproduce, show, train
+from . import data, doctor, predict, reproduce, show, train
 from ..core.errors import AttnnasError
 from ..core.system import check_system
 
 # %% ../../nbs/cli/09_main.ipynb #206321ef
-COMMANDS = (reproduce, train, show, doctor)
+COMMANDS = (reproduce, train, predict, show, doctor)
 
 
 def parser() -> argparse.ArgumentParser:

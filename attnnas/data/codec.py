@@ -25,11 +25,13 @@ def pyav():
 _X264 = {"qp": "10", "bf": "0", "x264-params": "rc-lookahead=0:scenecut=0:weightp=0"}
 
 
-def encode(video: Tensor, fps: int = 16) -> bytes:
+def encode(video: Tensor, fps: int = 16, pixels: str = "yuv444p") -> bytes:
     """Encode a clip as an H.264 MP4 file.
 
     video: uint8 (3, T, H, W).
     fps: frames a second.
+    pixels: how colours are kept; "yuv420p" halves their resolution, and is what every player shows;
+        height and width are then even.
     Returns: the bytes of the file.
     """
     av = pyav()
@@ -37,7 +39,7 @@ def encode(video: Tensor, fps: int = 16) -> bytes:
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fps, options=_X264)
         stream.height, stream.width = video.shape[-2:]
-        stream.pix_fmt = "yuv444p"
+        stream.pix_fmt = pixels
         stream.codec_context.thread_count = 1
         for image in video.permute(1, 2, 3, 0).contiguous().cpu().numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
