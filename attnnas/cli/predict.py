@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..core.errors import AttnnasError
 from ..core.files import write_atomic
+from .options import OWN_RUNS
 from ..evidence.run import load_model
 from ..evidence.store import RunRecord, Store
 from ..figures.attention_video import attention_video, check_output
@@ -46,13 +47,15 @@ def add_commands(add):
     parser.add_argument("--csv", metavar="FILE", help="write CSV there; -: likewise")
     parser.add_argument("--attention", metavar="FILE", help="draw what the network attends to, "
                         "into an .mp4 or .gif; of several videos each gets its name added")
+    parser.set_defaults(results=OWN_RUNS)
     parser = add("save", _save, "Write the network of a run into a folder, to use it elsewhere.")
     parser.add_argument("network", metavar="RUN",
                         help="the beginning of a run's key, or a record file")
     parser.add_argument("folder", help="where to write")
+    parser.set_defaults(results=OWN_RUNS)
 
 # %% ../../nbs/cli/07_predict.ipynb #10d0c333
-def network_of(what: str, results="reproduced") -> nn.Module:
+def network_of(what: str, results=OWN_RUNS) -> nn.Module:
     """Return a trained network, in evaluation mode.
 
     what: a folder of `attnnas save`, a run's folder or record, or the beginning of a run's key.

@@ -10,6 +10,7 @@ import statistics
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from .options import (
@@ -23,6 +24,7 @@ from ..evidence.run import key_of, search_result
 from ..evidence.settings import settings_text, without_effect
 from ..evidence.store import RunRecord, Store
 from ..networks.profile import count_flops
+from ..search.verdict import verdict
 
 # %% ../../nbs/cli/03_train.ipynb #d88531a0
 def add_commands(add):
@@ -59,6 +61,7 @@ def _make(args, searches: bool) -> list | None:
     store = Store(args.results)
     new = [config for config in configs if store.get(key_of(config)) is None]
     for config in new: config.check()
+    for line in new[0].data.preview() if new else (): print(line)
     for config in new: _begin(config, store)
     records = execute(configs, store, workers=args.parallel, device=args.device,
                       processes=args.processes or 1, watch=_Lines(len(configs) > 1))
@@ -166,7 +169,7 @@ def _search(args):
     codes = []
     for record in records:
         output = _output(args.output, record.run.seed, len(records) > 1)
-        codes.append(_print_cell(record, search_result(record).cells(**derivation), output))
+        codes.append(_print_cell(record, derivation, output))
     return max(codes)
 
 
@@ -175,15 +178,16 @@ def _output(path: str, seed: int, several: bool) -> Path:
     return path.with_stem(f"{path.stem}-seed{seed}") if several else path
 
 # %% ../../nbs/cli/03_train.ipynb #c4542915
-def _print_cell(record: RunRecord, cells: dict, output: Path) -> int:
+def _print_cell(record: RunRecord, derivation: dict, output: Path) -> int:
     "Write the first of the cells; returns the exit code."
+    cells = search_result(record).cells(**derivation)
     cell = next(iter(cells.values()))
     cell.save(output)
     print(f"Cell {cell.hash}: {cell}\n{_cost(record, cells)}\nWritten: {output} (train it with: "
           f"attnnas train --cell {output})")
     if len(set(cells.values())) > 1:
         print(f"It is the first of {len(cells)}, one a site; attnnas show {record.key} has all.")
-    return _believe(record)
+    return _believe(record, derivation)
 
 
 def _cost(record: RunRecord, cells: dict) -> str:
@@ -205,15 +209,14 @@ def _cost(record: RunRecord, cells: dict) -> str:
             f"({all_parameters / parameters - 1:+.1%}).")
 
 # %% ../../nbs/cli/03_train.ipynb #0812fbd4
-def _believe(record: RunRecord) -> int:
+def _believe(record: RunRecord, derivation: dict) -> int:
     """Print whether the search is to be believed, as the last line.
 
+    derivation: alpha and beta, where they were given.
     Returns: the exit code, 0, or AT_CHANCE for a search that did not learn.
     """
-    # PLACE OF THE VERDICT, where attnnas.search.verdict is there:
-    #     clips = record.run.data.open()
-    #     seen = clips["validation"] if "validation" in clips else clips["train"]
-    #     found = verdict(search_result(record), torch.bincount(seen.labels).tolist())
-    #     print(found)
-    #     return AT_CHANCE if found.status == "chance" else 0
-    return 0
+    clips = record.run.data.open()
+    seen = clips["validation"] if "validation" in clips else clips["train"]
+    found = verdict(search_result(record), torch.bincount(seen.labels).tolist(), **derivation)
+    print(found)
+    return AT_CHANCE if found.status == "chance" else 0

@@ -87,8 +87,7 @@ def run(config: RunConfig, store: Store, device: str = "auto", progress: Callabl
     progress: progress(step, steps) is called after each step.
     processes: those that share the work, each of which calls this; with several, theirs is the
         device.
-    watch: watch(metrics) is called with each epoch's entry of the history, with those of a
-        checkpoint first.
+    watch: watch(metrics) is called after each epoch with its entry of the history.
     Raises: AttnnasError for bad input, before training starts; Interrupted when asked to stop,
         after which the same call continues.
     """
@@ -115,8 +114,9 @@ def _make(config: RunConfig, key: str, found, store: Store, device: torch.device
                      store.path(key, "checkpoint.safetensors"), watch)
     test = None
     if not trainer.diverged:
-        at_once = config.training.at_once
-        test = config.data.test(built.model, data["test"], at_once, device, processes)
+        how = config.training
+        test = config.data.test(built.model, data["test"], how.at_once, device, processes,
+                                how.precision)
     record = _record(config, key, built, data, device, test=test, reason=trainer.diverged,
                      history=trainer.history, seconds=trainer.seconds, processes=processes.count)
     if processes.rank == 0: _keep(record, built.model, store)
@@ -129,29 +129,14 @@ def _train(config: RunConfig, model: nn.Module, data: dict, device, progress, pr
     if processes.rank:  # dropout differs between processes
         torch.manual_seed(stream_seed(config.seed, "process", processes.rank))
     options = dict(seed=config.seed, device=device, validation=data.get("validation"),
-                   progress=progress, checkpoint=checkpoint, processes=processes)
+                   progress=progress, checkpoint=checkpoint, processes=processes,
+                   on_epoch=watch)
     if config.is_search:
         search = config.insertion.search
         trainer = search_trainer(model, data["train"], search, config.training, **options)
     else: trainer = Trainer(model, data["train"], config.training, **options)
-    _fit(trainer, watch if processes.rank == 0 else None)
-    return trainer
-
-
-def _fit(trainer: Trainer, watch: Callable | None):
-    "Train to the end, and tell `watch` each epoch once: when the next one has made a step."
-    told = 0
-    progress = trainer.progress
-
-    def tell(step: int = 0, steps: int = 0):
-        nonlocal told
-        if progress and step: progress(step, steps)
-        for metrics in trainer.history[told:]: watch(metrics)
-        told = len(trainer.history)
-
-    if watch: trainer.progress = tell
     trainer.fit()
-    if watch: tell()
+    return trainer
 
 # %% ../../nbs/evidence/05_run.ipynb #60f30cf5
 def _try_cells(config: RunConfig, key: str, found, store: Store, device: torch.device, progress,

@@ -55,6 +55,10 @@ class Source:
         "Return the fields that matter, as plain values."
         return to_plain(self)
 
+    def test(self, model, clips, at_once: int, device, processes, precision: str) -> dict:
+        "Test `model` on `clips`, `at_once` at a time; what cannot be read is counted."
+        return evaluate(model, clips, at_once, device, processes, precision)
+
     def preview(self, progress: bool = True) -> list:
         """Return what is to be said of the data before the first step, a line each.
 
@@ -102,9 +106,7 @@ class Generated(Source):
         return content_hash([schema, dataclasses.asdict(self.settings), sizes, self.data_seed,
                              self.modality])
 
-    def test(self, model, clips, at_once: int, device, processes) -> dict:
-        "Test `model` on `clips`, `at_once` at a time; see `attnnas.training.evaluation`."
-        return evaluate(model, clips, at_once, device, processes)
+
 
 # %% ../../nbs/evidence/01_sources.ipynb #0d3c9f63
 class _Splits(Mapping):
@@ -190,10 +192,6 @@ class Videos(Source):
     def fingerprint(self) -> str:
         "A hash of the files and of how clips are cut. Raises: AttnnasError as `open`."
         return content_hash([clips.fingerprint for clips in self.open().values()])
-
-    def test(self, model, clips, at_once: int, device, processes) -> dict:
-        "Test `model` on `clips`, `at_once` at a time; what cannot be read is counted."
-        return evaluate(model, clips, at_once, device, processes)
 
 # %% ../../nbs/evidence/01_sources.ipynb #8aed0f4c
 @lru_cache(maxsize=2)

@@ -9,8 +9,9 @@ from attnnas.search.objective import CellTraining
 from attnnas.search.random import RandomConfig, random
 from attnnas.search.study import AnotherStudy, BlackBoxConfig
 from attnnas.search.tabular import TabularBenchmark
+from attnnas.search.verdict import plot_verdict, verdict
 
 __all__ = ["AnotherStudy", "BanditConfig", "BlackBoxConfig", "CellTraining", "EpochLog",
            "EvolutionConfig", "METHODS", "RandomConfig", "SearchConfig", "SearchResult",
            "TabularBenchmark", "TrialLog", "bandit", "black_box", "differentiable", "evolution",
-           "health", "random", "search_config"]
+           "health", "plot_verdict", "random", "search_config", "verdict"]

@@ -160,8 +160,8 @@ def search_loss(model: nn.Module, example, cost_weight: float) -> Callable:
     if not cost_weight: return classify
     cost = cost_of(model, example)
 
-    def loss(model, video, labels):
-        scores, mean = classify(model, video, labels)
+    def loss(model, video, labels, smoothing=0.0):
+        scores, mean = classify(model, video, labels, smoothing)
         return Scored(scores, mean + cost_weight * cost())
 
     return loss

@@ -85,5 +85,6 @@ class CellTraining:
         cost = {"multiply_adds": training_multiply_adds(forward, trained, len(self.validation)),
                 "network_multiply_adds": forward}
         if trainer.diverged: return cost | {"score": None, "reason": trainer.diverged}
-        found = evaluate(model, self.validation, self.training.batch_size, self.device)
+        found = evaluate(model, self.validation, self.training.batch_size, self.device,
+                         precision=self.training.precision)
         return cost | {"score": found["top1"], "loss": found["loss"], "count": found["count"]}

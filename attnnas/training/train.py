@@ -6,6 +6,7 @@
 __all__ = ['STREAMS', 'check_clips', 'check_network', 'preprocessing_of', 'train']
 
 # %% ../../nbs/training/07_train.ipynb #bfcc0f65
+import os
 import warnings
 
 import torch
@@ -15,17 +16,23 @@ from ..core.devices import device_name, pick_device, versions
 from ..core.errors import AttnnasError
 from ..core.options import to_plain
 from ..core.seeds import stream_seed
-from ..data.clips import ClipSource, to_float
+from ..data.clips import to_float
+from ..data.datasets import as_clips
+from ..data.splits import clips_of
 from .loop import Trainer, TrainingConfig, rate
 from .precision import autocast, tf32_allowed
 from .processes import processes
 from .watch import Epoch, History, Silent, callback, watcher
 
 # %% ../../nbs/training/07_train.ipynb #ca2b885c
-def _as_clips(data) -> ClipSource:
-    # INTEGRATOR: replace by `from attnnas.data.datasets import as_clips`.
-    if isinstance(data, ClipSource): return data
-    raise AttnnasError(f"{type(data).__name__} is no source of clips. Give Clips or VideoClips.")
+def _given(data, validation) -> tuple:
+    "Return the clips of training and of validation (or None), as clip sources."
+    if isinstance(data, (str, os.PathLike)):
+        splits = clips_of(data)
+        data = splits["train"]
+        if validation is None: validation = splits.get("validation")
+    clips = as_clips(data)
+    return clips, None if validation is None else as_clips(validation, clips.classes)
 
 # %% ../../nbs/training/07_train.ipynb #3f5871d1
 def check_clips(clips, what: str = "training", classes=None):
@@ -170,8 +177,8 @@ def train(model: nn.Module, data, validation=None, *, config: TrainingConfig = T
     model: any network from float clips (B, C, T, H, W) to scores (B, classes). It is moved to the
         device, and left there in evaluation mode, with the attributes `classes` (names),
         `preprocessing` (how a clip is cut) and `made_from` (how it was trained).
-    data: the training clips.
-    validation: the clips that are evaluated after each epoch; default: none.
+    data: the training clips: what `as_clips` takes, or the place of videos as `clips_of` takes it.
+    validation: the clips that are evaluated after each epoch; default: none, or those of the place.
     config: the options of the training.
     seed: decides the order of the clips, and dropout. It does not decide the network's weights.
     device: as in `pick_device`.
@@ -183,8 +190,7 @@ def train(model: nn.Module, data, validation=None, *, config: TrainingConfig = T
     Raises: AttnnasError for clips, a network or options that do not fit, before the first step;
         Interrupted when asked to stop.
     """
-    clips = _as_clips(data)
-    validated = None if validation is None else _as_clips(validation)
+    clips, validated = _given(data, validation)
     check_clips(clips)
     if validated is not None: check_clips(validated, "validation", clips.classes)
     tell = [callback(given) for given in callbacks]
