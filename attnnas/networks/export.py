@@ -199,16 +199,13 @@ FORMATS = {"onnx": Onnx, "pt2": Pt2}
 # %% ../../nbs/networks/14_export.ipynb #fdfc3be8
 def _refused(error: Exception) -> AttnnasError:
     "The exporter's error in one line, which names the operation."
-    told = ""
-    while error:
-        told = f"{told}\n{error}"
-        error = error.__cause__
-    missing = re.search(r"No (?:ONNX function|decompositions?)[^\n]*?(aten[.:]+[\w.:]+|\w+::\w+)", told)
+    while error.__cause__: error = error.__cause__  # the first one says most
+    missing = re.search(r"No ONNX function found[^\n]*?op='([\w.]+)'", str(error))
     if missing:
         return AttnnasError(f"ONNX has no operation for PyTorch's {missing[1]}, which the network "
                             "uses. Replace it, or export to .pt2.")
     return AttnnasError(f"The network was recorded, but ONNX cannot express it: "
-                        f"{_first_line(told)} Export to .pt2.")
+                        f"{_first_line(str(error))} Export to .pt2.")
 
 
 def _format(path: Path, name: str | None) -> str:

@@ -128,7 +128,7 @@ class Published:
     options: those with which the model here has the file's layout.
     clip: frames x step of the clips that it learnt from.
     mean, std: that a pixel between 0 and 1 was scaled by, one a colour.
-    licence: under which the weights were published.
+    licence: of the code that they were published with; Kinetics has terms of its own.
     """
     url: str
     layout: Callable
