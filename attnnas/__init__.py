@@ -9,6 +9,7 @@ from attnnas.core.errors import AttnnasError
 from attnnas.data.datasets import as_clips
 from attnnas.data.splits import clips_of
 from attnnas.figures.attention_video import attention_video
+from attnnas.networks.export import export
 from attnnas.networks.insertion import insert, inserted, remove, site_shapes
 from attnnas.networks.non_local import NonLocalBlock
 from attnnas.networks.over_frames import over_frames
@@ -20,6 +21,6 @@ from attnnas.training.predict import predict
 from attnnas.training.train import train
 
 __all__ = ["AttentionCell", "AttnnasError", "CellSpec", "NonLocalBlock", "OperationSpec", "SearchSpace",
-           "TrainingConfig", "as_clips", "attention_video", "clips_of", "create_model", "from_pretrained", "insert",
-           "inserted", "list_models", "load", "over_frames", "predict", "propose_sites", "remove", "save", "search",
+           "TrainingConfig", "as_clips", "attention_video", "clips_of", "create_model", "export", "from_pretrained",
+           "insert", "inserted", "list_models", "load", "over_frames", "predict", "propose_sites", "remove", "save", "search",
            "site_shapes", "train"]

@@ -85,7 +85,7 @@ def run_level(operations, members, f_in, clip, pool_keys: bool = False) -> torch
         made = project(f, layers, len(numbers))
         for j, y in zip(numbers, made):
             out[j] = operations[j].finish(y.unflatten(0, clip), pool_keys)
-    return torch.stack(out, -2).view(len(made[0]), -1)
+    return torch.stack(out, -2).flatten(-2).flatten(0, -2)
 
 # %% ../../nbs/cells/06_fused.ipynb #9c929541
 def run_sink(f_out, weight: torch.Tensor, sink_weights: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,9 @@ def run_sink(f_out, weight: torch.Tensor, sink_weights: torch.Tensor) -> torch.T
     sink_weights: w (levels, nodes).
     """
     each = sink_weights.flatten().repeat_interleave(weight.shape[1] // sink_weights.numel())
-    fewer_tokens = len(f_out[0]) < len(weight)
+    # A traced program is for any number of clips.
+    is_traced = torch.compiler.is_compiling()
+    fewer_tokens = is_traced or len(f_out[0]) < len(weight)
     if fewer_tokens: return F.linear(torch.cat(f_out, 1) * each, weight)
     first, *blocks = (weight * each).chunk(len(f_out), 1)
     total = f_out[0] @ first.mT

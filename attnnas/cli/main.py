@@ -10,12 +10,12 @@ import argparse
 import importlib.metadata
 import sys
 
-from . import data, doctor, predict, reproduce, show, train
+from . import data, doctor, export, predict, reproduce, show, train
 from ..core.errors import AttnnasError
 from ..core.system import check_system
 
 # %% ../../nbs/cli/09_main.ipynb #206321ef
-COMMANDS = (reproduce, train, predict, show, doctor)
+COMMANDS = (reproduce, train, predict, export, show, doctor)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,7 +45,7 @@ def main(argv=None) -> int:
 
     argv: its words; default: those that the program was called with.
     Returns: the exit code: 0, 2 for bad input, 130 when stopped, or what a command returns, such
-        as 1 where some videos of a prediction could not be read.
+        as 1 where some videos of a prediction could not be read, or 3 for a search at chance.
     """
     args = parser().parse_args(argv)
     try:

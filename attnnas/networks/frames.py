@@ -139,8 +139,8 @@ class FrameNetwork(Backbone):
     in_channels: channels of a clip.
     stack: how many frames make one image, as in `super_images`.
     dropout: of the features [choice: none].
-    Attributes: Backbone's; `trunk`; `channels`, part of it -> channels; `width`, of the last part.
-        Batch norm cannot train on one value, so that the smallest clip has two images.
+    Attributes: Backbone's; `trunk`; `backbone`; `channels`, part of it -> channels; `width`, of the
+        last part. Batch norm cannot train on one value, so that the smallest clip has two images.
     Raises: AttnnasError for a network that timm does not have or that is no chain.
     """
     def __init__(self, backbone: str, clip: tuple[int, int, int], in_channels: int = 3,
@@ -153,6 +153,7 @@ class FrameNetwork(Backbone):
         stages = [info["module"] for info in net.feature_info if info["reduction"] >= 8]
         sites = [f"trunk.{name}" for name in stages if name in known]
         super().__init__(in_channels, clip, (2 * stack, side, side), sites)
+        self.backbone = backbone
         self.stack = stack
         self.channels = channels
         self.width = list(channels.values())[-1]

@@ -10,6 +10,7 @@ import importlib
 from fnmatch import fnmatch
 
 from .base import Backbone
+from .pretrained import load_pretrained, published_options
 from ..core.errors import AttnnasError, choose
 
 # %% ../../nbs/networks/10_registry.ipynb #b0708348
@@ -45,17 +46,21 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(name for name in MODELS if fnmatch(name, pattern))
 
 # %% ../../nbs/networks/10_registry.ipynb #672a93d7
-def create_model(name: str, num_classes: int, **options) -> Backbone:
-    """Make a new model with random weights: (B, C, T, H, W) -> scores (B, num_classes).
+def create_model(name: str, num_classes: int, pretrained=False, **options) -> Backbone:
+    """Make a new model: (B, C, T, H, W) -> scores (B, num_classes).
 
     name: one of `list_models()`.
     num_classes: classes.
+    pretrained: False starts from random weights. True fetches the published weights, of PRETRAINED
+        or timm's; a path is a file of their layout. The model is made in the published layout, and
+        keeps a classifier of other classes; `load_report` on it says what was loaded.
     options: those of the model's function, help(builder(name)).
-    Returns: the model. Its attribute `made_by` holds these arguments.
-    Raises: AttnnasError for an unknown name or option, and for a package that the model needs and
-        that is missing; it names the package.
+    Returns: the model. Its attribute `made_by` holds these arguments but `pretrained`.
+    Raises: AttnnasError for an unknown name or option, for a package that the model needs and
+        that is missing, which it names, and for weights that do not exist or do not fit.
     """
     build = builder(name)
+    if pretrained: options = published_options(name, options)
     try: model = build(num_classes, **options)
     except TypeError as error:
         raise AttnnasError(f"Model {name!r} cannot be made so: {error}. "
@@ -64,6 +69,7 @@ def create_model(name: str, num_classes: int, **options) -> Backbone:
         raise AttnnasError(f"Model {name!r} needs the package {error.name}: "
                            "pip install 'attnnas[models]'.") from error
     model.made_by = {"name": name, "num_classes": num_classes, "options": options}
+    if pretrained: model.load_report = load_pretrained(model, name, pretrained)
     return model
 
 # %% ../../nbs/networks/10_registry.ipynb #74b0fe00

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARALLEL', 'WRAPPERS', 'TORCHVISION_S3D', 'MODES', 'BLOCKS', 'GOOGLENET', 'RESNET', 'IMAGENET', 'read_weights',
-           'save_weights', 'LoadReport', 'class_layers', 'load_weights', 'torchvision_s3d', 'inflate_kernel', 'inflate',
-           'imagenet_weights']
+           'bare_network', 'save_weights', 'LoadReport', 'class_layers', 'load_weights', 'renamed_parts',
+           'torchvision_s3d', 'inflate_kernel', 'inflate', 'imagenet_weights', 'fetch']
 
 # %% ../../nbs/networks/09_weights.ipynb #d8d6b6b6
 import math
@@ -114,8 +114,11 @@ def _bare(tensors: Mapping, known=()) -> dict[str, torch.Tensor]:
     return {name.removeprefix(PARALLEL * depth): tensor for name, tensor in bare.items()}
 
 # %% ../../nbs/networks/09_weights.ipynb #817a1a53
-def _network(model: nn.Module) -> nn.Module:
-    "Take a network out of its wrappers: compiled, or for several devices."
+def bare_network(model: nn.Module) -> nn.Module:
+    """Take a network out of its wrappers: compiled, or for several devices.
+
+    model: the network, wrapped or not.
+    """
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         if isinstance(model, parallel): model = model.module
@@ -130,7 +133,7 @@ def save_weights(model: nn.Module, path):
     path: the file.
     Raises: AttnnasError where the disk is full or read-only; an older file then stays as it was.
     """
-    state = _network(model).state_dict()
+    state = bare_network(model).state_dict()
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
     write_atomic(path, safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
@@ -244,7 +247,7 @@ def load_weights(model: nn.Module, weights, rename: Mapping | Callable | None = 
     Raises: AttnnasError, with nothing loaded, where the file cannot be read, does not fit, or where
         nothing matches.
     """
-    model = _network(model)
+    model = bare_network(model)
     known = model.state_dict()
     tensors, source = _tensors(weights, known)
     names = {name: _renamed(name, rename) for name in tensors}
@@ -312,8 +315,12 @@ TORCHVISION_S3D = {layer: f"features.{i}" for i, layer in enumerate(FULL)} | {
 }
 
 
-def _translated(name: str, table: Mapping) -> str:
-    "Replace the dotted parts of `name` by the table."
+def renamed_parts(name: str, table: Mapping) -> str:
+    """Replace dotted parts of a name.
+
+    name: such as "Mixed_3b.Branch_0.norm.weight".
+    table: part, or several parts with their dots -> what stands for it.
+    """
     pattern = r"\b(?:" + "|".join(re.escape(part) for part in table) + r")\b"
     return re.sub(pattern, lambda part: table[part[0]], name).replace("..", ".")
 
@@ -324,7 +331,7 @@ def torchvision_s3d(model: InceptionVideo) -> dict[str, str]:
     model: an S3D with `separable_stem=True`.
     Returns: torchvision's name -> the name in `model`.
     """
-    return {_translated(name, TORCHVISION_S3D): name for name in model.state_dict()}
+    return {renamed_parts(name, TORCHVISION_S3D): name for name in model.state_dict()}
 
 # %% ../../nbs/networks/09_weights.ipynb #cd2bd21b
 MODES = ("mean", "centre")
@@ -388,7 +395,7 @@ def _resnet_name(name: str, stages: list[str]) -> str:
     block = _STAGE.search(name)
     if block:
         stage = stages.index(block[1]) + 1
-        return f"layer{stage}.{block[2]}.{_translated(block[3], RESNET)}"
+        return f"layer{stage}.{block[2]}.{renamed_parts(block[3], RESNET)}"
     for theirs, pattern in _OUTSIDE.items():
         match = pattern.search(name)
         if match: return f"{theirs}.{match[2]}"
@@ -397,7 +404,7 @@ def _resnet_name(name: str, stages: list[str]) -> str:
 # %% ../../nbs/networks/09_weights.ipynb #e03e984d
 def _names_2d(model) -> Callable[[str], str]:
     "Return the function from a name in `model` to the name in its 2-D network."
-    if isinstance(model, InceptionVideo): return lambda name: _translated(name, GOOGLENET)
+    if isinstance(model, InceptionVideo): return lambda name: renamed_parts(name, GOOGLENET)
     blocks = filter(None, (_STAGE.search(name) for name in model.state_dict()))
     stages = list(dict.fromkeys(block[1] for block in blocks))
     if stages: return lambda name: _resnet_name(name, stages)
@@ -449,7 +456,7 @@ def inflate(model: nn.Module, weights, mode: str = "mean",
         [choice].
     """
     choose(mode, MODES, "mode of inflation")
-    model = _network(model)
+    model = bare_network(model)
     tensors, source = _tensors(weights)
     names = names or _names_2d(model)
     made = _temporal_identities(model, mode)
@@ -485,16 +492,24 @@ def imagenet_weights(name: str, path=None) -> dict[str, torch.Tensor]:
         raise AttnnasError(f"imagenet_weights needs {error.name}: pip install 'attnnas[models]', "
                            "or path=.") from None
     url = get_weight(member).url
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-    if not path.exists(): _fetch(url, path)
-    return read_weights(path)
+    return read_weights(fetch(url, "path="))
 
 # %% ../../nbs/networks/09_weights.ipynb #9265cef8
-def _fetch(url: str, path: Path):
+def fetch(url: str, option: str) -> Path:
+    """Download a published file, unless torch's cache of downloads has it.
+
+    url: of the file. A hash at the end of its name, as in s3d-d76dad2f.pth, is checked.
+    option: by which a caller's user gives a file of his own, such as "path=".
+    Returns: where the file is.
+    Raises: AttnnasError without a network; it says where to put the file.
+    """
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    if path.exists(): return path
+    beginning = re.search(r"-([0-9a-f]{8,})$", path.stem)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beginning = path.stem.rpartition("-")[2]  # of the file's hash
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=beginning)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=beginning and beginning[1])
     except (OSError, RuntimeError) as error:
         raise AttnnasError(f"Could not fetch {url}: {error}. On a machine with a network, download "
-                           f"it and put it at {path}, or anywhere and give path=.") from None
+                           f"it and put it at {path}, or anywhere and give {option}.") from None
+    return path
