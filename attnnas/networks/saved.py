@@ -24,7 +24,7 @@ from ..core.files import read_json, write_atomic, write_json
 from .insertion import _put, inserted
 from .non_local import NonLocalBlock
 from .registry import create_model
-from .weights import _network, _some
+from .weights import bare_network, _some
 
 # %% ../../nbs/networks/13_saved.ipynb #9da8a58d
 def describe_inserted(module: nn.Module) -> dict:
@@ -237,7 +237,7 @@ def save(model: nn.Module, folder, *, classes=None, preprocessing: dict | None =
         cannot be written.
     """
     folder = Path(folder)
-    network = _network(model)
+    network = bare_network(model)
     config = _config(network, classes, preprocessing, made_from)
     tensors, same = _values(network)
     config["weights"] = _hash(tensors)
@@ -360,7 +360,7 @@ def load(folder, network: nn.Module | None = None, device: str = "cpu") -> nn.Mo
     with torch.random.fork_rng(devices=[]):
         if network is None:
             network = create_model(recipe["name"], recipe["num_classes"], **recipe["options"])
-        bare = _network(network)
+        bare = bare_network(network)
         made = _put_back(bare, config["inserted"])
     try: _check_fit(bare, tensors, folder)
     except AttnnasError:
