@@ -178,6 +178,12 @@ def test_the_readme_says_what_the_composed_tasks_say():
     solving = int(re.search("of 36 cells, (\\d+) solve it with every seed", told)[1])
     assert 1 / 4 < solving / 36 < 5 / 12 and "a third of all chains of two operations solve that task" in text
     assert all("undecided" in line for line in told.splitlines() if "solves it more often than" in line)
+    told = (ROOT / "results/quick/figure_composed_attention.md").read_text(encoding="utf-8")
+    counts = re.findall(r"operation (\d) tells .* in (\d) of 6; .* in (\d) of 6", told)
+    badges = sum(int(count) for number, _, count in counts if number == "2")
+    target = sum(int(count) for number, count, _ in counts if number == "1")
+    assert f"tells badges from pictures by a factor of two in {badges} of 12 runs" in text
+    assert f"from the decoys' in {target} of 12" in text
 
 
 def _lines_below(head: str, path: str) -> list:

@@ -47,7 +47,7 @@ def versions() -> dict:
 
     Returns: python, torch, numpy, cuda (None without it), platform and processor -> text.
     """
-    return {"python": platform.python_version(), "torch": torch.__version__,
+    return {"python": platform.python_version(), "torch": str(torch.__version__),
             "numpy": np.__version__, "cuda": torch.version.cuda,
             "platform": platform.platform(), "processor": _processor()}
 
