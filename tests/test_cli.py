@@ -11,6 +11,7 @@ import pytest
 import forks
 from attnnas.cli import main as cli
 from attnnas.cli.doctor import gpu_hours
+from attnnas.cli.train import AT_CHANCE
 from attnnas.cells.spec import CellSpec
 from attnnas.evidence.config import RunConfig
 from attnnas.evidence.run import run
@@ -33,8 +34,8 @@ def attnnas(capsys, *arguments):
 def made(tmp_path_factory):
     "A search, its genotype file and a training of it, made through the command line."
     folder = tmp_path_factory.mktemp("cli")
-    for arguments in (["search", "--output", folder / "cell.json"], ["train", "--cell", folder / "cell.json"]):
-        assert cli.main([str(a) for a in [*arguments, "--results", folder, *TINY]]) == 0
+    for arguments, code in ((["search", "--output", folder / "cell.json"], AT_CHANCE), (["train", "--cell", folder / "cell.json"], 0)):
+        assert cli.main([str(a) for a in [*arguments, "--results", folder, *TINY]]) == code, "so tiny a search stays at chance"
     return folder
 
 

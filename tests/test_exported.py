@@ -121,7 +121,8 @@ def operations(activation, type=None):
             if type in (None, kind) and activation in (*OPERATIONS[kind].activations, "mixture")]
 
 
-@pytest.mark.parametrize("activation", [*ACTIVATIONS, "mixture"])
+@pytest.mark.parametrize("activation", [name if name in ("softmax", "mixture") else pytest.param(name, marks=pytest.mark.slow)
+                                        for name in (*ACTIVATIONS, "mixture")])
 def test_every_operation_is_recorded(activation, tmp_path):
     "Every type x dimension x activation."
     check(awake(Scores(*operations(activation))), (1, 4, 3, 4, 5), tmp_path, ["pt2"])
@@ -144,7 +145,7 @@ BLOCKS = {"non-local": NonLocalBlock, "pooled": lambda c: NonLocalBlock(c, pool_
           "fused mixture": lambda c: FusedSupergraph(c, 4, 2, activations="mixture", pool_keys=True)}
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name == "supergraph" else name for name in BLOCKS])
 def test_every_block_is_recorded(name, tmp_path):
     check(awake(Scores(BLOCKS[name](4))), (1, 4, 3, 4, 4), tmp_path, ["pt2"])
 

@@ -87,6 +87,14 @@ RECIPES = {"average and best": dict(ema=0.8, keep_best=True), "fp16": dict(preci
            "checkpointed": dict(checkpointing=True), "patient": dict(patience=1, epochs=5, learning_rate=0.5)}
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    "A shell ignores SIGINT in what runs in the background, and a training leaves it so."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_stopped_at_every_second_step_and_resumed_equals_uninterrupted(name, tmp_path):
     def stop(step, steps):
@@ -284,7 +292,7 @@ def broken_labels(change):
     (dict(clips=make_clips(classes=3)), "num_classes=3"), (dict(model=nn.Conv3d(3, 2, 3)), "expected class scores"),
     (dict(model=nn.Linear(7, 2)), "does not take a clip"), (dict(validation=make_clips(classes=3)), "same, in one order"),
     (dict(clips=make_clips().subset([])), "no training clips"), (dict(callbacks=[3]), "no callback"),
-    (dict(example=torch.full((1, 3, 4, 6, 6), float("nan"))), "not finite"), (dict(data=3), "no source of clips")])
+    (dict(example=torch.full((1, 3, 4, 6, 6), float("nan"))), "not finite"), (dict(data=3), "no data of clips")])
 def test_train_refuses_what_cannot_be_trained_before_the_first_step(arguments, told):
     model = arguments.get("model") or small()
     before = copy.deepcopy(model.state_dict())
