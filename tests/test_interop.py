@@ -72,6 +72,14 @@ def network(networks): return networks[2]
 
 
 @pytest.fixture
+def recorded(request, network):
+    "The network, where recording it takes seconds; slow_r50 takes a minute, and is left to --slow."
+    is_slow = request.node.callspec.params["networks"] is slow_r50
+    if is_slow and not request.config.getoption("--slow"): pytest.skip("slow: make test SLOW=1")
+    return network
+
+
+@pytest.fixture
 def clip(): return torch.rand(SHAPE, generator=torch.Generator().manual_seed(1))
 
 
@@ -111,16 +119,16 @@ def test_autocast(network, clip):
     torch.testing.assert_close(scores.float(), exact, rtol=.1, atol=.1 * exact.abs().max().item())
 
 
-def test_compile_in_one_graph(network, clip):
+def test_compile_in_one_graph(recorded, clip):
     torch._dynamo.reset()
-    compiled = torch.compile(copy.deepcopy(network), backend="eager", fullgraph=True)
-    same(compiled, network, clip)
+    compiled = torch.compile(copy.deepcopy(recorded), backend="eager", fullgraph=True)
+    same(compiled, recorded, clip)
 
 
-def test_export_for_any_batch(network, clip):
+def test_export_for_any_batch(recorded, clip):
     batch = torch.export.Dim("batch", min=2, max=16)
-    program = torch.export.export(copy.deepcopy(network), (clip,), dynamic_shapes=({0: batch},)).module()
-    same(program, network, torch.cat([clip, clip.flip(2)[:1]]))
+    program = torch.export.export(copy.deepcopy(recorded), (clip,), dynamic_shapes=({0: batch},)).module()
+    same(program, recorded, torch.cat([clip, clip.flip(2)[:1]]))
 
 
 def test_data_parallel_and_ddp(network, clip, tmp_path):

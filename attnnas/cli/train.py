@@ -84,7 +84,7 @@ def _begin(config: RunConfig, store: Store):
     report = config.network.load_start(config.network.create(classes, config.data.channels))
     print(f"Starts from {config.network.init_file}: {report}")
 
-
+# %% ../../nbs/cli/03_train.ipynb #98552016
 def _say_unused(config: RunConfig, args, searches: bool):
     derives = ("alpha", "beta") if searches else ()  # of these a search makes its cell at the end
     unused = [name for name in without_effect(config, given_settings(args)) if name not in derives]

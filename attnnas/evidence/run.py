@@ -57,7 +57,7 @@ def search_result(record: RunRecord) -> SearchResult:
     return result_of(options, record.history, config.seed, record.seconds, training_cost(record),
                      provenance)
 
-
+# %% ../../nbs/evidence/05_run.ipynb #3d7b2282
 def training_cost(record: RunRecord) -> int:
     """Return the multiply-adds of what `record` trained: its network, or each cell that it tried.
 

@@ -29,7 +29,7 @@ GROUPS = {"data": (Generated, Videos), "network": (NetworkConfig,),
 NO_SETTING = {"search", "init_file"}  # a configuration inside another one; what --init finds
 NO_TIER = "none"                      # every setting that is not given has its field's own default
 
-
+# %% ../../nbs/evidence/03_settings.ipynb #8fd0953e
 def fields_of(group: str) -> dict:
     "Return {name: field} of a group of settings."
     found = {}
