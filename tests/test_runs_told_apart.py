@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +112,8 @@ def test_the_command_line_lists_shows_and_compares(store, tmp_path, capsys):
     code, out, _ = attnnas(capsys, "list", "runs", "--results", store.folder, "--filter", "insertion=none,seed=1", "--csv", tmp_path / "r.csv")
     with open(tmp_path / "r.csv") as file: row, = csv.DictReader(file)
     assert code == 0 and row["seed"] == "1" and row["key"] in out and str(store.folder) in out
+    _, out, _ = attnnas(capsys, "list", "runs", "--results", store.folder, "--filter", "insertion=none,seed=1", "--csv", "-")
+    assert out == (tmp_path / "r.csv").read_text() and not Path("-").exists()
     assert attnnas(capsys, "list", "cells", "--results", store.folder)[1].splitlines()[0].startswith("cell")
     plain, cell = (list_runs(store, [("insertion", kind), ("seed", "0")], top=1)[0]["key"] for kind in ("none", "cell"))
     tried = list_runs(store, [("insertion", "search*")])[0]["key"]

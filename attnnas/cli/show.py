@@ -73,7 +73,8 @@ def _add_list(parser):
                         "commas between several")
     parser.add_argument("--top", type=int, metavar="N", help="only the first N, by accuracy where "
                         "--sort names no column")
-    parser.add_argument("--csv", metavar="FILE", help="also write the rows, not rounded")
+    parser.add_argument("--csv", metavar="FILE", help="also write the rows, not rounded; "
+                        "-: to the terminal, instead of the table")
 
 # %% ../../nbs/cli/04_show.ipynb #2d8bd811
 def _models(args): return [f"{name:16} {text}" for name, text in describe_models().items()]
@@ -104,6 +105,7 @@ def _rows(find, args) -> list:
     if args.top is not None and args.top < 1:
         raise AttnnasError(f"--top {args.top}: expected how many rows are wanted, at least 1.")
     rows = find(Store(args.results), _filters(args.filter), args.sort, args.top)
+    if args.csv == "-": return _csv(rows).splitlines()
     if args.csv: write_atomic(args.csv, _csv(rows))
     fit = " (filtered)" if args.filter else ""
     if not rows: return [f"no finished runs{fit} in {args.results}/runs (--results names another "
