@@ -50,8 +50,10 @@ def test_subset_and_batch_agree():
 
 
 def test_to_float_leaves_its_input_alone():
-    data = torch.full((1, 3, 1, 2, 2), 255.)
+    data = torch.full((1, 3, 1, 2, 2), 255, dtype=torch.uint8)
     assert to_float(data).max() < 3 and data.min() == 255
+    own = torch.full((1, 3, 1, 2, 2), 255.)
+    assert to_float(own).equal(own) and own.min() == 255, "floating-point clips are normalised already"
 
 
 # determinism

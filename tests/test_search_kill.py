@@ -135,6 +135,7 @@ def final(folder: Path) -> tuple[dict, dict]:
     "What a search found, and its last checkpoint without the clock."
     checkpoint = load_checkpoint(folder / "checkpoint")
     assert checkpoint["position"].pop("seconds").keys() == {"wall", "cpu"}
+    assert len(checkpoint["position"].pop("epoch_seconds")) == len(checkpoint["position"]["history"])
     return load_checkpoint(folder / "found"), checkpoint
 
 

@@ -23,7 +23,7 @@ from .cutting import ClipConfig
 from .layout import IMAGES, VIDEOS, has_ending
 from .lists import is_prepared, open_videos
 from .manifest import READABLE, Manifest, file_hash
-from .video import VideoClips
+from .video import VideoClips, check_flow
 
 # %% ../../nbs/data/26_splits.ipynb #fcefb0d5
 # Published rules of file names; the group `film` is what clips of one film share.
@@ -392,6 +392,7 @@ def clips_of(place, frames: int = 16, size: int = 112, *, validation_share: floa
     single = dataclasses.replace(whole, views=1, crops=1)
     tested = dataclasses.replace(whole, frames=test_frames or frames, size=test_size or size)
     endings = VIDEOS + IMAGES if frames == 1 else VIDEOS
+    check_flow(whole, flow)
     opened = open_splits(place, test_split=test_split, validation_share=validation_share,
                          test_share=test_share, seed=split_seed, endings=endings)
     how = {"flow": flow, "workers": readers() if workers is None else workers}
