@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import forks
+from commands import attnnas
 from attnnas.cli import main as cli
 from attnnas.cli.doctor import gpu_hours
 from attnnas.cli.train import AT_CHANCE
@@ -21,13 +22,6 @@ from attnnas.training.loop import TrainingConfig
 
 TINY = ["--frames", "4", "--size", "16", "--train-clips", "16", "--validation-clips", "8", "--test-clips", "12", "--epochs", "1",
         "--batch-size", "8", "--levels", "1", "--width", "4", "--device", "cpu"]
-
-
-def attnnas(capsys, *arguments):
-    "(exit code, output, error lines) of a call in this process."
-    code = cli.main([str(a) for a in arguments])
-    found = capsys.readouterr()
-    return code, found.out, found.err
 
 
 @pytest.fixture(scope="module")

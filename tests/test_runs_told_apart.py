@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from commands import attnnas
 from attnnas.cli import main as cli
 from attnnas.cli import train
 from attnnas.cli.options import OWN_RUNS, add_fields
@@ -38,13 +39,6 @@ PLAIN = RunConfig(DATA, training=ONCE)
 SEARCH = RunConfig(DATA, insertion=Search(SearchConfig(levels=1, width=4)), training=ONCE)
 TINY = ["--tier", "none", "--frames", "4", "--size", "16", "--train-clips", "16", "--validation-clips", "8", "--test-clips", "12",
         "--epochs", "1", "--batch-size", "8", "--device", "cpu"]
-
-
-def attnnas(capsys, *arguments):
-    "(exit code, output, error lines) of a call in this process."
-    code = cli.main([str(a) for a in arguments])
-    found = capsys.readouterr()
-    return code, found.out, found.err
 
 
 @pytest.fixture(scope="module")
