@@ -103,7 +103,8 @@ def test_mvit_of_either_library_gives_its_scores(library, tmp_path):
 def test_s3d_of_torchvision_gives_its_scores(tmp_path):
     theirs = settled(video.s3d(weights=None))
     theirs.avgpool = nn.AdaptiveAvgPool3d(1)  # theirs is for clips of 224 x 224
-    ours = create_model("s3d", 400, pretrained=saved(theirs, tmp_path / "s3d.pth", None))
+    with pytest.warns(UserWarning, match="pixels of mean \\(0.43216"):
+        ours = create_model("s3d", 400, pretrained=saved(theirs, tmp_path / "s3d.pth", None))
     assert ours.made_by["options"] == {"separable_stem": True, "padding": "symmetric"}
     check_report(ours)
     check_scores(ours, theirs, clip(16, 64, 64))
@@ -174,7 +175,8 @@ class PublishedI3D(nn.Module):
 
 def test_i3d_of_the_published_layout_gives_its_scores(tmp_path):
     theirs = settled(PublishedI3D())
-    ours = create_model("i3d", 400, pretrained=saved(theirs, tmp_path / "rgb_imagenet.pt", None))
+    with pytest.warns(UserWarning, match="pixels of mean \\(0.5"):
+        ours = create_model("i3d", 400, pretrained=saved(theirs, tmp_path / "rgb_imagenet.pt", None))
     check_report(ours)
     check_scores(ours, theirs, clip(9, 37, 45))
 

@@ -8,6 +8,7 @@ __all__ = ['PATHS', 'I3D_NAMES', 'MVIT_NAMES', 'ZOO', 'PRETRAINED', 'TIMM', 'pyt
 
 # %% ../../nbs/networks/10_pretrained.ipynb #72f76e7f
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -216,7 +217,8 @@ def load_pretrained(model: nn.Module, name: str, weights=True) -> LoadReport:
     model: the model, made with `published_options`.
     name: by which `create_model` makes it.
     weights: True fetches the published file; else a file of that layout.
-    Returns: what was loaded and what was not. A classifier of other classes stays as it was.
+    Returns: what was loaded and what was not. A classifier of other classes stays as it was. A
+        warning tells where the weights expect pixels on another scale than `to_float` gives.
     Raises: AttnnasError, with nothing loaded, for a model without published weights, without a
         network, and for a file that does not fit or belongs to another layout.
     """
@@ -226,8 +228,19 @@ def load_pretrained(model: nn.Module, name: str, weights=True) -> LoadReport:
     published = PRETRAINED[name]
     path = fetch(published.url, 'pretrained="file"') if weights is True else weights
     tensors, rename = published.layout(model, read_weights(path))
-    try: return load_weights(model, tensors, rename, other_classes=True)
+    try: report = load_weights(model, tensors, rename, other_classes=True)
     except AttnnasError as error:
         told = str(error).replace("this state dict", str(path))
         raise AttnnasError(f"{told} The published layout of {name!r} is that of "
                            f"{published.url}.") from None
+    _tell_scaling(name, published)
+    return report
+
+
+def _tell_scaling(name: str, published: Published):
+    "Warn where the weights expect pixels on another scale than `to_float` gives."
+    if (published.mean, published.std) == (Published.mean, Published.std): return
+    warnings.warn(f"The published weights of {name!r} learnt from pixels of mean {published.mean} "
+                  f"and scale {published.std}; clips of bytes are given to it with "
+                  f"{Published.mean} and {Published.std}. Give floating-point clips that are "
+                  "scaled so, which stay as they are, or train it on.", stacklevel=3)
