@@ -73,10 +73,11 @@ class AttentionGate(nn.Module):
 
     def forward(self, x: torch.Tensor, g: torch.Tensor, return_mask: bool = False):
         check_maps(x, self.channels)
-        begins_so = g.shape[:2] == (len(x), self.gate_channels)
+        begins_so = g.ndim > 1 and g.shape[1] == self.gate_channels
+        begins_so = begins_so and g.shape[0] == x.shape[0]
         if g.ndim not in (2, x.ndim) or not begins_so or 0 in g.shape:
-            raise AttnnasError(f"Expected a gating signal ({len(x)}, {self.gate_channels}) or a "
-                               f"map of {x.ndim} axes that begin so, for x of shape "
+            raise AttnnasError(f"Expected a gating signal ({x.shape[0]}, {self.gate_channels}) "
+                               f"or a map of {x.ndim} axes that begin so, for x of shape "
                                f"{tuple(x.shape)}, got {tuple(g.shape)}.")
         scores = self.psi(self.hidden(x, g))
         mask = self.scale(scores.flatten(1)).view_as(scores)

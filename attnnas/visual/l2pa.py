@@ -46,8 +46,9 @@ class L2PA(nn.Module):
 
     def forward(self, l: torch.Tensor, g: torch.Tensor, return_mask: bool = False):
         check_maps(l, self.channels)
-        if g.shape != (len(l), self.global_channels):
-            raise AttnnasError(f"Expected a global feature ({len(l)}, {self.global_channels}), "
+        fits = g.ndim == 2 and g.shape[0] == l.shape[0] and g.shape[1] == self.global_channels
+        if not fits:
+            raise AttnnasError(f"Expected a global feature ({l.shape[0]}, {self.global_channels}), "
                                f"got {tuple(g.shape)}. Pool the last map over its positions.")
         local = self.project(l).flatten(2).transpose(1, 2)
         g = g[:, None]
@@ -57,7 +58,7 @@ class L2PA(nn.Module):
             query = self.u.weight.expand_as(g)
             weights = attention_weights(query, local + g, "softmax", scale=1.0)
         attended = (weights @ local)[:, 0]
-        mask = weights.view(len(l), 1, *l.shape[2:])
+        mask = weights.view(l.shape[0], 1, *l.shape[2:])
         return Masked(attended, mask) if return_mask else attended
 
     def extra_repr(self): return f"compatibility={self.compatibility}"
