@@ -6,15 +6,9 @@
 __all__ = ['add_commands']
 
 # %% ../../nbs/cli/08_export.ipynb #b83940e7
-from pathlib import Path
-
 from .options import OWN_RUNS
-from .show import _file as record_file
-from ..core.errors import AttnnasError
-from ..evidence.run import load_model
-from ..evidence.store import RunRecord, Store
+from .predict import network_of
 from ..networks.export import FORMATS, export
-from ..networks.saved import load
 
 # %% ../../nbs/cli/08_export.ipynb #a65a2176
 def add_commands(add):
@@ -30,19 +24,7 @@ def add_commands(add):
                         help="the clip (default: the one that the network was trained on)")
 
 # %% ../../nbs/cli/08_export.ipynb #b6fa0ae8
-def _network(what: str, results):
-    "The network of a saved folder or of a run, and the shape of its clips (None: as it says)."
-    if Path(what).is_dir():
-        return load(what), None
-    record = RunRecord.load(record_file(what, results))
-    if record.status != "finished":
-        raise AttnnasError(f"Run {record.key} is {record.status}, and has no network to export.")
-    model = load_model(record, Store(results))
-    model.classes = getattr(model, "classes", None) or list(record.data["classes"])
-    return model, record.run.data.tested_shape
-
-
 def _export(args):
-    model, shape = _network(args.what, args.results)
-    if args.shape: shape = (1, *args.shape)
+    model = network_of(args.what, args.results)
+    shape = args.shape and (1, *args.shape)
     print(f"Written: {export(model, args.output, example=shape)}")
