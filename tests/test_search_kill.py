@@ -21,7 +21,7 @@ from attnnas.training.loop import TrainingConfig
 
 KILLS, SEED = 20, 5
 SEARCH = SearchConfig(levels=2, width=4, connections="per-site", activations="mixture", cost_weight=.1)
-TRAINING = TrainingConfig(epochs=5, batch_size=8)  # of 44 clips: six steps an epoch, the last with half a batch
+TRAINING = TrainingConfig(epochs=5, batch_size=4)  # of 22 clips: six steps an epoch, the last with half a batch
 STEPS = 30
 EACH_STEP, EACH_EPOCH = 0, 1e9  # seconds between checkpoints: one is also written at the end of each epoch
 
@@ -45,7 +45,7 @@ def search(folder: Path, seed=SEED, **options):
     "Search with a checkpoint in `folder`, and write there what was found."
     seed_everything(seed)
     model = Tiny()
-    result = differentiable(model, clips("train", 44), SEARCH, TRAINING, seed=seed, validation=clips("validation", 12),
+    result = differentiable(model, clips("train", 22), SEARCH, TRAINING, seed=seed, validation=clips("validation", 12),
                             checkpoint=folder / "checkpoint", **options)
     cells = {site: cell.to_json() for site, cell in result.cells().items()}
     save_checkpoint(folder / "found", {"weights": model.state_dict(), "history": list(result.log.epochs), "cells": cells})

@@ -51,13 +51,13 @@ class Chain(NamedTuple):
     side: int
 
 # %% ../../nbs/networks/06_frames.ipynb #5c68ffa2
-_chains = {}  # (name, channels) -> its Chain: ten dry runs, which a second network need not make
+_chains = {}  # name -> its Chain: ten dry runs, which a second network need not make
 
 
 def _chain(backbone: str, net: nn.Module, in_channels: int) -> Chain:
-    key = backbone, in_channels
-    if key not in _chains: _chains[key] = _read_chain(net, in_channels)
-    return _chains[key]
+    "Read the chain of a network once; how many channels its images have makes no difference."
+    if backbone not in _chains: _chains[backbone] = _read_chain(net, in_channels)
+    return _chains[backbone]
 
 
 @torch.no_grad()
