@@ -11,7 +11,9 @@ WORKERS =
 SLOW =
 
 BIN := .venv/bin
-PINNED := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# uv installs in a quarter of pip's time. It does not read pip.conf: where it finds no index, pip does.
+PINNED := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
 .PHONY: help reproduce test lab export readme docs bench clean
 .DEFAULT_GOAL := help
@@ -56,13 +58,14 @@ clean:  ## Remove what builds and tests leave behind; .venv and results stay
 	  echo "Name another one: make PYTHON=/path/to/python$$minimum ..."; exit 1; }
 	@if [ -e .venv/unfinished ]; then rm -rf .venv; fi
 	@if [ ! -e $@ ]; then \
-	  echo "Installing into .venv: about 2 minutes and 5.5 GB, once."; \
+	  echo "Installing into .venv: about a minute and 5.5 GB, once."; \
 	  "$(PYTHON)" -m venv .venv && touch .venv/unfinished; fi
-	@$(PINNED) setuptools wheel
-	@$(PINNED) --no-build-isolation -e ".[notebooks,models,search,video,distributed,export,watch,hub,dev]"
+	@$(PIP) setuptools wheel uv
+	@for install in "$(PINNED)" "$(PIP)"; do \
+	  $$install --no-build-isolation -e ".[notebooks,models,search,video,distributed,export,watch,hub,dev]" && break; done
 	@rm -f .venv/unfinished && touch $@
 
 .venv/installed-docs: .venv/installed
 	@echo "Installing what the site needs."
-	@$(PINNED) --no-build-isolation -e ".[docs]"
+	@for install in "$(PINNED)" "$(PIP)"; do $$install --no-build-isolation -e ".[docs]" && break; done
 	@touch $@
