@@ -1,4 +1,5 @@
 """Where attention may stand: the channel axis, other names of a module, several inputs, and what a site shows."""
+import copy
 import pickle
 
 import pytest
@@ -250,7 +251,10 @@ class Normed(nn.Module):
 
     def forward(self, x):
         x = x.movedim(-1, 1) if self.moved else x
-        return x, self.norm(x), torch.relu(x), torch.relu(self.norm(x))
+        mean = x.mean((2, 3), keepdim=True)
+        sums = x + x, x - mean, mean * x, x + x.transpose(2, 3).transpose(2, 3), 2 * x, x + 1
+        joined = torch.cat((x, x * x), 1), torch.cat([mean, x[:, :, :1, :1]], -2), torch.cat((x, x[..., :2]), -1)
+        return x, self.norm(x), torch.relu(x), torch.relu(self.norm(x)), *sums, *joined
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -267,3 +271,41 @@ def test_the_short_way_of_a_dry_run_gives_what_torch_gives(moved, dtype, trainin
         with torch.autograd.graph.saved_tensors_hooks(keep, keep): made = run(x)
         return [(t.shape, t.dtype, t.stride(), t.device, t.requires_grad) for t in made], saved
     assert traits(dry) == traits(dry.model)
+
+
+class Copies(nn.Module):
+    "Its class says how it is copied."
+    def __deepcopy__(self, memo): return self
+
+
+class Odd(nn.Module):
+    "What a copy must keep: one weight twice, one module twice, tensors and modules outside of the usual places."
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.own = nn.Linear(3, 3), nn.Linear(3, 3), Copies()
+        self.second.weight = self.first.weight
+        self.again = self.first
+        self.register_buffer("mean", torch.zeros(3, dtype=torch.float64))
+        self.register_parameter("nothing", None)
+        self.first.weight.requires_grad_(False)
+        self.sizes, self.seen = {"a": [1, 2]}, [self.first]
+        self.first.register_forward_hook(self.count)
+        self.calls = 0
+
+    def count(self, *_): self.calls += 1
+
+    def forward(self, x): return self.again(self.seen[0](self.first(x))) + self.second(x)
+
+
+def test_a_dry_run_s_copy_is_a_deep_copy_without_data():
+    "If this fails, a network behaves otherwise in a dry run than in use, or a dry run changes the network."
+    net = Odd()
+    dry = DryRun(net)
+    twin, plain = dry.model, copy.deepcopy(net)
+    assert list(twin.state_dict()) == list(plain.state_dict()) and all(t.is_meta for t in twin.state_dict().values())
+    traits = lambda module: [(t.dtype, t.shape, t.requires_grad) for t in (*module.parameters(), *module.buffers())]
+    assert traits(twin) == traits(plain)
+    assert twin.second.weight is twin.first.weight and twin.again is twin.first is twin.seen[0] and twin.own is net.own
+    assert twin.sizes == net.sizes and twin.sizes["a"] is not net.sizes["a"] and twin.nothing is None
+    assert dry(dry.input((2, 3))).shape == (2, 3) and (twin.calls, net.calls) == (3, 0)
+    assert not any(t.is_meta for t in net.state_dict().values())

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 # %% ../../nbs/networks/00_axes.ipynb #a95286ab
 class Factor(NamedTuple):
@@ -161,6 +160,14 @@ def _made(function, args, kwargs, known: dict[int, Axes], shape) -> Axes:
     return moved or _common(inputs, shape)
 
 # %% ../../nbs/networks/00_axes.ipynb #0858e9b3
+def _tensors(x) -> list:
+    "List the tensors in lists, tuples and dictionaries."
+    if isinstance(x, torch.Tensor): return [x]
+    if isinstance(x, dict): x = x.values()
+    elif not isinstance(x, (list, tuple)): return []
+    return [tensor for part in x for tensor in _tensors(part)]
+
+
 class ChannelAxes(TorchDispatchMode):
     """Follow the channel axis through all that is computed while this context is entered.
 
@@ -175,9 +182,8 @@ class ChannelAxes(TorchDispatchMode):
 
         inputs: a tensor (B, C, H, W) or (B, C, T, H, W), or lists and tuples that hold some.
         """
-        for tensor in tree_leaves(inputs):
-            is_map = isinstance(tensor, torch.Tensor) and tensor.ndim in (4, 5)
-            if is_map: self._axes[_place(tensor)] = _whole(tensor.shape, 1)
+        for tensor in _tensors(inputs):
+            if tensor.ndim in (4, 5): self._axes[_place(tensor)] = _whole(tensor.shape, 1)
 
     def axis(self, tensor: torch.Tensor) -> int | None:
         """Find the channel axis of a tensor.
@@ -192,11 +198,10 @@ class ChannelAxes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        known = {id(x): self._axes[_place(x)] for x in tensors if _place(x) in self._axes}
+        places = {id(x): _place(x) for x in _tensors((args, kwargs))}
+        known = {x: self._axes[place] for x, place in places.items() if place in self._axes}
         made = function(*args, **kwargs)
-        for tensor in tree_leaves(made):
-            if not isinstance(tensor, torch.Tensor): continue
+        for tensor in _tensors(made):
             # An older tensor may have had the same place, so an entry is made or taken away.
             if not known:
                 self._axes.pop(_place(tensor), None)

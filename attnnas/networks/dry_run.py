@@ -7,6 +7,7 @@ __all__ = ['home', 'Call', 'shapes_of', 'DryRun']
 
 # %% ../../nbs/networks/00_dry_run.ipynb #b11caf2f
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -44,18 +45,82 @@ class Call(NamedTuple):
     seen: object
 
 # %% ../../nbs/networks/00_dry_run.ipynb #7a00811c
+_aten = torch.ops.aten
+
+
+def _same(x, *_): return torch.empty_like(x)
+
+
+def _normalised(x, weight, bias, mean, variance, training, *_):
+    # Of half precision, torch keeps the deviations in single precision.
+    if training or x.dtype != variance.dtype or x.dtype.itemsize < 4: return None
+    return torch.empty_like(x), mean, torch.empty_like(variance)
+
+
+def _are_plain(*tensors) -> bool:
+    "Tell whether tensors are of one type, and none is stored in another order than its axes'."
+    first = tensors[0]
+    return all(type(x) is torch.Tensor and x.dtype == first.dtype and x.is_contiguous()
+               for x in tensors)
+
+
+def _broadcast(a, b, *_):
+    if not _are_plain(a, b): return None
+    if a.shape == b.shape: return torch.empty_like(a)
+    return a.new_empty(torch.broadcast_shapes(a.shape, b.shape))
+
+
+def _joined(parts, axis=0):
+    first = parts[0]
+    if not _are_plain(*parts) or any(part.ndim != first.ndim for part in parts): return None
+    shape = list(first.shape)
+    shape[axis] = sum(part.shape[axis] for part in parts)
+    fits = all(size == other for part in parts for place, (size, other)
+               in enumerate(zip(shape, part.shape)) if place != axis % first.ndim)
+    return first.new_empty(shape) if fits else None
+
+
+_QUICK = {_aten.relu.default: _same, _aten.native_batch_norm.default: _normalised,
+          _aten.add.Tensor: _broadcast, _aten.sub.Tensor: _broadcast, _aten.mul.Tensor: _broadcast,
+          _aten.cat.default: _joined}
+
+
 class _Quick(TorchDispatchMode):
-    "Give what batch normalisation in evaluation mode, and relu, give on the meta device."
+    "Give what the operations of `_QUICK` give on the meta device, where that is plain."
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.relu.default: return torch.empty_like(args[0])
-        if function is torch.ops.aten.native_batch_norm.default:
-            x, _, _, mean, variance, training = args[:6]
-            # Of half precision, torch keeps the deviations in single precision.
-            is_plain = not training and x.dtype == variance.dtype and x.dtype.itemsize >= 4
-            if is_plain: return torch.empty_like(x), mean, torch.empty_like(variance)
-        return function(*args, **kwargs or {})
+        short = None if kwargs else _QUICK.get(function)
+        given = short and short(*args)
+        return function(*args, **kwargs or {}) if given is None else given
 
 # %% ../../nbs/networks/00_dry_run.ipynb #59bf687c
+_OWN_COPY = {"__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__"}
+
+
+def _copies_itself(module: nn.Module) -> bool:
+    "Tell whether a module's class, below nn.Module, says how it is copied."
+    own = type(module).__mro__[:-len(nn.Module.__mro__)]
+    return any(name in vars(kind) for kind in own for name in _OWN_COPY)
+
+
+def _twin(value, memo: dict, device: torch.device):
+    "Copy what a module holds, as `deepcopy` does, with parameters and buffers on a device."
+    if value is None or type(value) in (bool, int, float, str): return value
+    if id(value) in memo: return memo[id(value)]
+    if type(value) in (dict, OrderedDict):
+        twin = type(value)((key, _twin(part, memo, device)) for key, part in value.items())
+    elif type(value) in (torch.Tensor, nn.Parameter) and value.is_leaf:
+        twin = torch.empty_like(value, device=device).requires_grad_(value.requires_grad)
+        if type(value) is nn.Parameter: twin = nn.Parameter(twin, value.requires_grad)
+    elif isinstance(value, nn.Module) and not _copies_itself(value):
+        twin = type(value).__new__(type(value))
+        memo[id(value)] = twin
+        state = nn.Module.__getstate__(value)
+        twin.__setstate__({name: _twin(part, memo, device) for name, part in state.items()})
+    else: return copy.deepcopy(value, memo)
+    memo[id(value)] = twin
+    return twin
+
+# %% ../../nbs/networks/00_dry_run.ipynb #aa4d6865
 def _nothing(*_): return 0
 
 
@@ -83,7 +148,10 @@ class DryRun:
                  advice: str = "Give a shape that it takes."):
         self.device = torch.device(device)
         self.advice = advice
-        try: self.model = copy.deepcopy(model).to(self.device).train(training)
+        try:
+            is_empty = self.device.type == "meta"
+            twin = _twin(model, {}, self.device) if is_empty else copy.deepcopy(model)
+            self.model = twin.to(self.device).train(training)
         except Exception as error:  # a foreign network raises what it likes
             told = str(error).rstrip(".")
             raise AttnnasError(f"{type(model).__name__} cannot be copied for a dry run on "
