@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 
 import latex2mathml.converter
@@ -25,6 +26,16 @@ class MathML(IPythonRenderer):
     def inline_math(self, body): return latex2mathml.converter.convert(body)
     def block_math(self, body): return latex2mathml.converter.convert(body, display="block")
     multiline_math = block_math
+
+
+@cache
+def exporter() -> HTMLExporter:
+    "What makes a page of a notebook; its templates are read once for all pages."
+    made = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
+    made.register_filter("markdown2html", lambda text: MarkdownWithMath(renderer=MathML(escape=False)).render(text))
+    # It would parse each cell's code again, a quarter of all the time, to take out what nobody wrote into it.
+    made.register_filter("clean_html", lambda text: text)
+    return made
 
 
 def on_config(config):
@@ -52,9 +63,7 @@ def on_page_markdown(markdown, page, config, files):
 
 def on_page_content(content, page, config, files):
     notebook, folder = notebook_of(page), Path("nbs", page.file.src_uri).parent.as_posix()
-    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
-    exporter.register_filter("markdown2html", lambda text: MarkdownWithMath(renderer=MathML(escape=False)).render(text))
-    body, _ = exporter.from_notebook_node(read_notebook(notebook))
+    body, _ = exporter().from_notebook_node(read_notebook(notebook))
     body = re.sub(r"<pre><span></span>(.*?)</pre>", r"<pre><span></span><code>\1</code></pre>", body, flags=re.S)
     page.toc = get_toc(contents(HEADING.findall(body)))
     return relink(body, folder, lambda path: site_link(path, Path("nbs", page.file.dest_uri).parent.as_posix()))
