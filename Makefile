@@ -28,8 +28,8 @@ reproduce: .venv/installed  ## Run the evidence notebooks: TIER=quick RESULTS=re
 test: .venv/installed  ## Run all tests, the library notebooks among them (SLOW=1: those too that install packages)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 12 $(if $(SLOW),--slow) tests
 
-lab: .venv/installed  ## Open the notebooks in JupyterLab
-	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) nbs/index.ipynb
+lab: .venv/installed  ## Open the quickstart in JupyterLab, beside all notebooks
+	$(BIN)/jupyter lab --config docs/lab.py $(if $(filter 0,$(shell id -u)),--allow-root) nbs/howto/00_quickstart.ipynb
 
 export: .venv/installed  ## Write attnnas/ from the notebooks and clean the notebooks
 	$(BIN)/nbdev_export
