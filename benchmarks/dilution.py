@@ -6,7 +6,7 @@ reach the sink equally. PatchNet, two levels, width 16, activations fixed, 4,096
 of the steps; clips of seed 1, networks of seeds 100 and on, as in ladder.py. Writes results/bench/dilution.csv; rows that the file has
 are kept, not made again: delete it to measure anew.
 
-    python benchmarks/dilution.py                   # cue-relation, three shares, two seeds: six minutes of one core
+    python benchmarks/dilution.py                   # cue-relation, two shares, two seeds: four minutes of one core
 """
 import argparse
 import itertools
@@ -25,7 +25,7 @@ from attnnas.training.loop import TrainingConfig
 from planted import measure
 
 READ, CLIPS_SEED, FIRST_SEED = "spatial dot-product", 1, 100
-SHARES = (round(1 / len(TALK), 3), .5, .9)
+SHARES = (round(1 / len(TALK), 3), .9)
 SEARCH = SearchConfig(levels=2, width=16, activations="fixed", connection_learning_rate=0.)
 TRAINING = TrainingConfig(epochs=3, warmup=.2)
 
