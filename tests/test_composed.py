@@ -86,7 +86,7 @@ def test_pairs_of_frames_and_of_places_agree_as_often_in_both_classes(task):
         assert ((means[0] - means[1]).abs() <= 5 * spread + 1e-9).all()
 
 
-@pytest.mark.parametrize("task", ["place-relation", "place-moment-relation", "cue-relation"])
+@pytest.mark.parametrize("task", ["place-relation", "place-moment-relation", "half-place-moment-relation", "cue-relation"])
 def test_the_target_s_places_alone_tell_the_class(task):
     tokens, labels = tokens_of(task), clips_of(task).labels
     meant = torch.full((len(tokens), 1), TARGET)
@@ -97,6 +97,17 @@ def test_the_target_s_places_alone_tell_the_class(task):
     agree = sign @ sign.mT
     alike = ((agree == place.sum(2, keepdim=True)) & (agree > 0)).sum((1, 2))
     assert ((alike > alike.min()).long() == labels).all()
+
+
+def test_half_of_the_clips_lack_the_picture_that_does_not_count():
+    "If this fails, one attention alone reads more or less than three quarters of the clips."
+    tokens = tokens_of("half-place-moment-relation", 2048)
+    picture = ((tokens == DARK) | (tokens == LIGHT)).any(2)
+    has_third = (picture & (tokens == LATER).any(2)).any(1)
+    assert abs(has_third.float().mean() - .5) < .05
+    assert ((tokens == LATER).any(2).sum(1) == 4).all(), "the mark stays, so that frames are the same in number"
+    whole = tokens_of("place-moment-relation", 64)
+    assert ((whole == LATER).any(2) == ((whole == LATER).any(2) & ((whole == DARK) | (whole == LIGHT)).any(2))).all()
 
 
 @pytest.mark.parametrize("given", [dict(name="composed-place-moment"), dict(size=18), dict(size=12), dict(frames=8), dict(size=16.0)])

@@ -91,16 +91,25 @@ def _cue_relation(draw: torch.Generator) -> tuple[Tensor, Tensor]:
     return _anywhere(draw, _clip(draw, badges, torch.stack(pictures, 1))), label
 
 # %% ../../nbs/data/04_composed.ipynb #d6b93671
-def _place_moment_relation(draw: torch.Generator) -> tuple[Tensor, Tensor]:
+def _place_moment_relation(draw: torch.Generator, without: float = 0) -> tuple[Tensor, Tensor]:
+    "`without` is the share of clips whose picture that does not count is blank."
     label = _labels(draw)
     p = _patterns(orders(draw, 12), label)
     that = p.first ^ p.changes
     other = p.first ^ p.others
     counts = [_four_more(DARK + picture.long(), NOW)
               for picture in (p.first, ~p.first, that, ~that)]
-    does_not = [_four_more(DARK + picture.long(), LATER) for picture in (other, ~other)]
+    does_not = [DARK + picture.long() for picture in (other, ~other)]
+    if without:
+        is_blank = torch.rand((BLOCK, 1), generator=draw) < without
+        does_not = [torch.where(is_blank, BLANK, picture) for picture in does_not]
+    does_not = [_four_more(picture, LATER) for picture in does_not]
     badges = _four_more(torch.where(p.target, TARGET, DECOY), BLANK)
     return _anywhere(draw, _clip(draw, badges, torch.stack(counts + does_not, 1))), label
+
+# %% ../../nbs/data/04_composed.ipynb #a7c41e03
+def _half_place_moment_relation(draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    return _place_moment_relation(draw, without=.5)
 
 # %% ../../nbs/data/04_composed.ipynb #65cbbc91
 class Rung(NamedTuple):
@@ -120,7 +129,8 @@ RUNGS = {name: Rung(TASKS[name], 1, CLASSES[name]) for name in TASKS} | {
     "place-relation": Rung(_place_relation, 2, _RELATION),
     "moment-relation": Rung(_moment_relation, 2, _RELATION),
     "cue-relation": Rung(_cue_relation, 2, _RELATION),
-    "place-moment-relation": Rung(_place_moment_relation, 3, _RELATION)}
+    "place-moment-relation": Rung(_place_moment_relation, 3, _RELATION),
+    "half-place-moment-relation": Rung(_half_place_moment_relation, 3, _RELATION)}
 NAMES = {f"composed-{task}": task for task in RUNGS}  # names of the data sets
 
 # %% ../../nbs/data/04_composed.ipynb #4ae7d29c
