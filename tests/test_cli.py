@@ -1,6 +1,7 @@
 """The command line: each bad input is one clear line and a non-zero exit code, and nothing finished is lost."""
 import errno
 import json
+import re
 import os
 import subprocess
 import sys
@@ -38,8 +39,9 @@ def test_search_writes_a_genotype_that_train_inserts(made, capsys):
     code, out, _ = attnnas(capsys, "train", "--cell", made / "cell.json", "--results", made, *TINY)
     assert code == 0 and "Reused run" in out and "Test accuracy" in out
     code, out, _ = attnnas(capsys, "list", "runs", "--results", made)
-    head, *runs, last = out.splitlines()
-    assert len(runs) == 2 and " search " in out and head.startswith("key") and str(made) in last
+    first = out.splitlines()[0]
+    runs = [line for line in out.splitlines() if re.match("[0-9a-f]{8} ", line)]
+    assert len(runs) == 2 and " search " in out and "\nkey " in out and first.startswith("2 runs in") and str(made) in first
     key = next(line.split()[0] for line in runs if " cell " in line)
     code, out, _ = attnnas(capsys, "show", key[:8], "--results", made, "--picture", made / "cell.png")
     assert code == 0 and cell.hash in out and "top-1" in out and (made / "cell.png").stat().st_size > 5000

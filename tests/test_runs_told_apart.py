@@ -3,7 +3,10 @@ import argparse
 import csv
 import dataclasses
 import json
+import re
+import shutil
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,13 +17,15 @@ from attnnas.cli import main as cli
 from attnnas.cli import train
 from attnnas.cli.options import OWN_RUNS, add_fields
 from attnnas.cells.derivation import random_cell
+from attnnas.cells.space import SearchSpace
+from attnnas.cells.spec import CellSpec
 from attnnas.core.errors import AttnnasError
 from attnnas.core.options import option
 from attnnas.evidence import settings
 from attnnas.evidence.config import NetworkConfig, RunConfig
 from attnnas.evidence.insertions import DerivedCell, GivenCell, Insertion, NonLocal, RandomCell, Search
-from attnnas.evidence.run import run
-from attnnas.evidence.runs import arrange, as_frame, compare, history_rows, list_cells, list_runs
+from attnnas.evidence.run import key_of, run
+from attnnas.evidence.runs import COLUMNS, arrange, as_frame, compare, history_rows, list_cells, list_runs
 from attnnas.evidence.settings import read_settings, run_of, settings_text, without_effect
 from attnnas.evidence.sources import Generated, Videos
 from attnnas.evidence.start import start_from
@@ -30,7 +35,9 @@ from attnnas.networks.registry import create_model
 from attnnas.networks.weights import save_weights
 from attnnas.search.differentiable import SearchConfig
 from attnnas.search.methods import search_config
+from attnnas.search.random import random
 from attnnas.training.loop import TrainingConfig
+from attnnas.training.watch import TensorBoard
 
 DATA = Generated(frames=4, size=16, train_clips=16, validation_clips=8, test_clips=12)
 ONCE = TrainingConfig(epochs=1, batch_size=8)
@@ -105,10 +112,11 @@ def test_a_history_has_a_line_an_epoch_or_a_trial(store):
 def test_the_command_line_lists_shows_and_compares(store, tmp_path, capsys):
     code, out, _ = attnnas(capsys, "list", "runs", "--results", store.folder, "--filter", "insertion=none,seed=1", "--csv", tmp_path / "r.csv")
     with open(tmp_path / "r.csv") as file: row, = csv.DictReader(file)
-    assert code == 0 and row["seed"] == "1" and row["key"] in out and str(store.folder) in out
+    assert code == 0 and row["seed"] == "1" and row["key"][:8] in out and str(store.folder) in out
     _, out, _ = attnnas(capsys, "list", "runs", "--results", store.folder, "--filter", "insertion=none,seed=1", "--csv", "-")
     assert out == (tmp_path / "r.csv").read_text() and not Path("-").exists()
-    assert attnnas(capsys, "list", "cells", "--results", store.folder)[1].splitlines()[0].startswith("cell")
+    first, second, *_ = attnnas(capsys, "list", "cells", "--results", store.folder)[1].splitlines()
+    assert " cells in " in first and second.startswith(("cell", "all with"))
     plain, cell = (list_runs(store, [("insertion", kind), ("seed", "0")], top=1)[0]["key"] for kind in ("none", "cell"))
     tried = list_runs(store, [("insertion", "search*")])[0]["key"]
     for key, options in ((plain, ["--picture"]), (cell, ["--picture", "--history"]), (tried, ["--picture", "--history"])):
@@ -118,6 +126,77 @@ def test_the_command_line_lists_shows_and_compares(store, tmp_path, capsys):
         assert all((tmp_path / f"{key}{name}.png").stat().st_size > 5000 for name in options)
     code, out, _ = attnnas(capsys, "compare", plain, cell, "--results", store.folder, "--picture", tmp_path / "both.png")
     assert code == 0 and "insertion.kind" in out and "batch_size" not in out and (tmp_path / "both.png").stat().st_size > 5000
+
+
+def test_tables_fit_the_terminal_and_say_what_they_leave_out(store, capsys, monkeypatch):
+    "If this fails, a line is wider than the terminal, or a column is gone without a word."
+    keys = [row["key"] for row in list_runs(store)]
+    of_runs = [["list", "runs"], ["list", "cells"], ["show", keys[0]], ["compare", *keys[:2]]]
+    others = [["list", "models"], ["list", "operations"], ["doctor"]]
+    for width, asked in ((100, of_runs), (60, of_runs + others)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        for words in asked:
+            code, out, _ = attnnas(capsys, *words, "--results", store.folder)
+            wide = [line for line in out.splitlines() if len(line) > width and str(store.folder) not in line]
+            assert code == 0 and not wide, (words, wide)
+            if words == ["list", "runs"]: assert all(column in out for column in COLUMNS), out
+
+
+def test_runs_of_one_name_are_told_apart(store):
+    "If this fails, a comparison has two lines with one label, and a picture takes them for seeds."
+    other = dataclasses.replace(PLAIN, training=dataclasses.replace(ONCE, learning_rate=1e-3))
+    run(other, store, "cpu")
+    first, second = (store.get(key_of(config)) for config in (PLAIN, other))
+    assert first.run.label == second.run.label
+    assert compare([first, second]).labels == tuple(f"{first.run.label} (learning_rate {rate})" for rate in (0.005, 0.001))
+    settings = {row["key"]: row["settings"] for row in list_runs(store)}
+    seed = settings[key_of(dataclasses.replace(PLAIN, seed=1))]
+    assert settings[first.key] == seed != settings[second.key], "seeds have equal settings, and nothing else has"
+
+
+def test_a_damaged_record_is_named_and_left_out(store, tmp_path, capsys):
+    "Cut off, with a cell or a history that is none. If this fails, one bad file stops every list."
+    shutil.copytree(store.folder, tmp_path / "r")
+    place = Store(tmp_path / "r")
+    rows = {row["insertion"]: row["key"] for row in list_runs(place, [("settings", "*")], sort="insertion")}
+    bad = [rows["none"], rows["cell"], rows["search (random)"]]
+    values = [json.loads(place.path(key).read_text()) for key in bad]
+    values[1]["cells"] = {"Mixed_4b": {"operations": 3}}
+    values[2]["history"][0]["cell"] = "none"
+    for key, value in zip(bad, values): place.path(key).write_text(json.dumps(value))
+    place.path(bad[0]).write_text("{")
+    left = len(list(place.folder.glob("runs/*/record.json"))) - 3
+    for what in ("runs", "cells"):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            code, out, _ = attnnas(capsys, "list", what, "--results", place.folder)
+        assert code == 0 and len(told) == 3 and all(str(place.path(key)) in " ".join(str(one.message) for one in told) for key in bad)
+        assert what == "cells" or out.startswith(f"{left} run")
+    for words in (["show", bad[0]], ["show", bad[1]], ["show", bad[2]], ["compare", bad[1], bad[0]]):
+        code, _, err = attnnas(capsys, *words, "--results", place.folder)
+        assert code == 2 and err.count("\n") == 1 and words[-1] in err, err
+    with pytest.warns(UserWarning, match="left out"): place.known([PLAIN])
+    assert place.find(bad[0][:10]) == place.path(bad[0]), "a file that is damaged is still found by its name"
+
+
+def test_a_search_by_trials_tells_of_each_cell(tmp_path, capsys):
+    "In the terminal, by a callback and for TensorBoard; each once, and those of the journal when it goes on."
+    code, out, _ = attnnas(capsys, "search", *TINY, "--method", "random", "--trials", "3", "--operations", "2", "--width", "4",
+                           "--results", tmp_path, "--output", tmp_path / "c.json")
+    lines = [line.split() for line in out.splitlines() if re.match(r" +\d/3 ", line)]
+    record, = Store(tmp_path).records()
+    best = [max(trial["score"] for trial in record.history[:n + 1]) for n in range(3)]
+    assert code in (0, 3) and [line[0] for line in lines] == ["1/3", "2/3", "3/3"]
+    assert [line[1] for line in lines] == [CellSpec.from_dict(trial["cell"]).hash[:8] for trial in record.history]
+    assert [line[3] for line in lines] == [f"{value:.1f}" for value in best]
+    told = []
+    options = dict(journal=tmp_path / "j.jsonl", show=False, callbacks=[told.append, TensorBoard(tmp_path / "board")])
+    for trials in (2, 3): random(SearchSpace(1, 4), _score, trials, **options)
+    assert [row.number for row in told] == [1, 2, 1, 2, 3] and told[-1].seconds_left == 0
+    assert list((tmp_path / "board").glob("events.*"))
+
+
+def _score(cell, seed): return {"score": float(int(cell.hash[:4], 16))}
 
 
 @pytest.mark.parametrize("line, message", [
@@ -205,8 +284,8 @@ def test_one_s_own_runs_have_a_folder_of_their_own():
 def test_seeds_epochs_and_a_start_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, out, _ = attnnas(capsys, "train", *TINY, "--seeds", "0", "1")
-    told = [line for line in out.splitlines() if " epoch " in line]
-    assert code == 0 and [line.split()[:2] for line in told] == [["seed", "0"], ["seed", "1"]] and "2 seeds: test accuracy" in out
+    told = [line.split() for line in out.splitlines() if line.startswith("seed ")]
+    assert code == 0 and [line[:3] for line in told] == [["seed", "0", "1/1"], ["seed", "1", "1/1"]] and "2 seeds: test accuracy" in out
     records = Store(OWN_RUNS).records()
     for record in records:
         path = tmp_path / OWN_RUNS / "runs" / record.key

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from .options import say
 from ..core.devices import device_name
 from ..core.errors import AttnnasError, choose
 from ..data.annotations import DATASETS
@@ -121,19 +122,23 @@ def add_commands(add):
 def _doctor(args):
     packages = _packages()
     version = importlib.metadata.version("attnnas") if packages else "(not installed as a package)"
-    print(f"attnnas {version}, Python {sys.version.split()[0]}, torch {torch.__version__}")
-    for extra, found in packages.items():
-        line = ", ".join(f"{name} {version or 'MISSING'}" for name, version in found.items())
-        print(f"{extra:13} {line}")
-    print(f"{'devices':13} {', '.join(_devices())}")
+    say(f"attnnas {version}, Python {sys.version.split()[0]}, torch {torch.__version__}")
+    for tier in tiers():
+        lacking = "; ".join(f"missing {thing}" for thing in _missing(tier, packages))
+        _tell(f"{tier} tier", lacking or "ready")
+        for line in _cost_lines(tier): _tell("", line)
+    _tell("devices", ", ".join(_devices()))
     folder = Path(args.results).resolve()
     there = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(there).free / 2**30
-    print(f"{'results':13} {folder}: {free:.0f} GiB free")
-    for tier in tiers():
-        lacking = "; ".join(f"missing {thing}" for thing in _missing(tier, packages))
-        print(f"{tier + ' tier':13} {lacking or 'ready'}")
-        for line in _cost_lines(tier): print(" " * 13, line)
+    _tell("own runs", f"{folder}: {free:.0f} GiB free")
+    for extra, found in packages.items():
+        _tell(extra, ", ".join(f"{name} {version or 'MISSING'}" for name, version in found.items()))
+
+
+def _tell(what: str, text: str):
+    "Print a line that is folded below its text."
+    say(f"{what:13} {text}" if what else " " * 14 + text, indent=14 if what else 0)
 
 # %% ../../nbs/cli/05_doctor.ipynb #a9c077fc
 def _devices() -> list:

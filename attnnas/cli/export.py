@@ -6,7 +6,6 @@
 __all__ = ['add_commands']
 
 # %% ../../nbs/cli/08_export.ipynb #b83940e7
-from .options import OWN_RUNS
 from .predict import network_of
 from ..networks.export import FORMATS, export
 
@@ -19,7 +18,6 @@ def add_commands(add):
                         "beginning of a run's key")
     endings = ", ".join(form.ending for form in FORMATS.values())
     parser.add_argument("output", help=f"the file to write; its ending says the format: {endings}")
-    parser.set_defaults(results=OWN_RUNS)
     parser.add_argument("--shape", type=int, nargs=4, metavar=("C", "T", "H", "W"),
                         help="the clip (default: the one that the network was trained on)")
 

@@ -9,8 +9,10 @@ __all__ = ['COMMANDS', 'parser', 'main']
 import argparse
 import importlib.metadata
 import sys
+import warnings
 
 from . import data, doctor, export, predict, reproduce, show, train
+from .options import OWN_RUNS
 from ..core.errors import AttnnasError
 from ..core.system import check_system
 
@@ -28,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     def add(name: str, run, help: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
         command.set_defaults(run=run)
-        command.add_argument("--results", default="reproduced",
+        command.add_argument("--results", default=OWN_RUNS,
                              help="folder of run records, tables and pictures "
                              "(default: %(default)s)")
         return command
@@ -48,6 +50,12 @@ def main(argv=None) -> int:
         as 1 where some videos of a prediction could not be read, or 3 for a search at chance.
     """
     args = parser().parse_args(argv)
+
+    def one_line(message, category, filename, lineno, line=None) -> str:
+        return f"attnnas {args.command}: {' '.join(str(message).split())}\n"
+
+    before = warnings.formatwarning
+    warnings.formatwarning = one_line
     try:
         check_system()
         code = args.run(args)
@@ -58,4 +66,5 @@ def main(argv=None) -> int:
         print(f"attnnas {args.command}: stopped. Finished runs are kept; the same command "
               "continues.", file=sys.stderr)
         return 130
+    finally: warnings.formatwarning = before
     return code or 0

@@ -47,12 +47,10 @@ def add_commands(add):
     parser.add_argument("--csv", metavar="FILE", help="write CSV there; -: likewise")
     parser.add_argument("--attention", metavar="FILE", help="draw what the network attends to, "
                         "into an .mp4 or .gif; of several videos each gets its name added")
-    parser.set_defaults(results=OWN_RUNS)
     parser = add("save", _save, "Write the network of a run into a folder, to use it elsewhere.")
     parser.add_argument("network", metavar="RUN",
                         help="the beginning of a run's key, or a record file")
     parser.add_argument("folder", help="where to write")
-    parser.set_defaults(results=OWN_RUNS)
 
 # %% ../../nbs/cli/07_predict.ipynb #10d0c333
 def network_of(what: str, results=OWN_RUNS) -> nn.Module:
@@ -64,7 +62,12 @@ def network_of(what: str, results=OWN_RUNS) -> nn.Module:
         is none to be used.
     """
     if (Path(what) / CONFIG).is_file(): return load(what)
-    path = _record_file(what, results)
+    path = Path(what)
+    is_other = str(what) and path.is_dir() and not (path / "record.json").is_file()
+    if is_other:
+        raise AttnnasError(f"{str(what)!r} is a folder without {CONFIG}, which attnnas save "
+                           "writes, and without the record.json of a run.")
+    path = Store(results).find(what)
     record = RunRecord.load(path)
     if record.run.is_search or record.status != "finished":
         state = "is a search" if record.run.is_search else record.status
@@ -73,18 +76,6 @@ def network_of(what: str, results=OWN_RUNS) -> nn.Module:
     # A store finds weights by the key, below "runs".
     store = Store(path.resolve().parent.parent.parent)
     return load_model(record, store)
-
-
-def _record_file(what: str, results) -> Path:
-    path = Path(what)
-    if path.is_file(): return path
-    if (path / "record.json").is_file(): return path / "record.json"
-    found = sorted(Path(results).glob(f"runs/{what}*/record.json")) if what.isalnum() else []
-    if len(found) == 1: return found[0]
-    saved = f"a folder without {CONFIG}" if path.is_dir() else "no file or folder"
-    raise AttnnasError(f"{what!r} is {saved}, and {len(found)} runs in {results} begin with it; "
-                       "expected 1. `attnnas list runs` lists them; --results names another "
-                       "folder.")
 
 # %% ../../nbs/cli/07_predict.ipynb #13af6cac
 def _predict(args) -> int:

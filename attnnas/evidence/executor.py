@@ -254,8 +254,8 @@ def execute(configs, store: Store, workers: int = 0, device: str = "auto", show:
     show: whether there is a progress bar.
     rebuild: make nothing; the records that are there count, whatever data they were made with.
     processes: how many share a run, one a GPU; more than one make one run after the other.
-    watch: watch(config, metrics) is called with each epoch's entry of a history, as it comes;
-        default: nothing.
+    watch: watch(config, entry) is called with the history's entry of each epoch, or trial, as it
+        comes; default: nothing.
     Raises: AttnnasError before any work where a configuration is wrong; after all others have
         finished, naming the runs that failed; KeyboardInterrupt when stopped.
     """
@@ -384,10 +384,11 @@ class _Schedule:
         else: progress.update(key, *told)
 
     def _tell(self, key: str, history):
-        "Tell each epoch once; what a search by trials did is no epoch."
+        "Tell each epoch once, or each trial of a search by trials."
         for metrics in history:
-            if metrics.get("epoch", -1) < self.told[key]: continue
-            self.told[key] = metrics["epoch"] + 1
+            number = metrics.get("epoch", metrics.get("number"))
+            if number < self.told[key]: continue
+            self.told[key] = number + 1
             if self.watch: self.watch(self.waiting[key], metrics)
 
     def _end(self, future) -> str:

@@ -87,7 +87,7 @@ def run(config: RunConfig, store: Store, device: str = "auto", progress: Callabl
     progress: progress(step, steps) is called after each step.
     processes: those that share the work, each of which calls this; with several, theirs is the
         device.
-    watch: watch(metrics) is called after each epoch with its entry of the history.
+    watch: watch(entry) is called after each epoch, or each trial, with its entry of the history.
     Raises: AttnnasError for bad input, before training starts; Interrupted when asked to stop,
         after which the same call continues.
     """
@@ -100,8 +100,8 @@ def run(config: RunConfig, store: Store, device: str = "auto", progress: Callabl
         if known is None:
             where = processes.device or pick_device(device)
             tries = config.is_search and config.insertion.tries_cells
-            make = _try_cells if tries else partial(_make, watch=watch)
-            known = make(config, key, found, store, where, progress, processes)
+            make = _try_cells if tries else _make
+            known = make(config, key, found, store, where, progress, processes, watch)
     processes.gather(None)  # what the first one wrote is there for all
     return known
 
@@ -140,7 +140,7 @@ def _train(config: RunConfig, model: nn.Module, data: dict, device, progress, pr
 
 # %% ../../nbs/evidence/05_run.ipynb #60f30cf5
 def _try_cells(config: RunConfig, key: str, found, store: Store, device: torch.device, progress,
-               processes: OneProcess) -> RunRecord:
+               processes: OneProcess, watch=None) -> RunRecord:
     data = config.data.open()
     if "validation" not in data:
         raise AttnnasError(f"A {config.insertion.label} chooses on validation clips, and "
@@ -149,9 +149,10 @@ def _try_cells(config: RunConfig, key: str, found, store: Store, device: torch.d
         raise AttnnasError(f"A {config.insertion.label} is not shared by processes; use one.")
     backbone = partial(config.network.create, channels=config.data.channels)
     journal = store.path(key, "journal.jsonl")
+    told = [lambda tried: watch(tried.entry)] if watch else []
     result = black_box(config.insertion.search, backbone, data["train"], data["validation"],
                        config.training, config.insertion.sites, str(device), config.seed, journal,
-                       progress)
+                       progress, callbacks=told)
     model = backbone(len(data["train"].classes))
     try:
         reason = None

@@ -7,6 +7,7 @@ __all__ = ['SCHEMA_VERSION', 'NEEDED', 'run_key', 'package_source', 'RunRecord',
 
 # %% ../../nbs/evidence/04_store.ipynb #f94b1ee8
 import dataclasses
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -201,9 +202,42 @@ class Store:
         "Write `record`: the sign that its run is finished."
         write_json(self.path(record.key), dataclasses.asdict(record))
 
+    def find(self, what: str) -> Path:
+        """Find the file that is meant.
+
+        what: a file, such as a record or a genotype; the folder of a run; or the beginning of a
+            run's key.
+        Raises: AttnnasError where there is none, or more than one.
+        """
+        path = Path(what)
+        if path.is_file(): return path
+        if (path / "record.json").is_file(): return path / "record.json"
+        could_be_key = str(what).isalnum()
+        found = sorted(self.folder.glob(f"runs/{what}*/record.json")) if could_be_key else []
+        if len(found) == 1: return found[0]
+        is_folder = str(what) and path.is_dir()
+        state = "a folder without record.json" if is_folder else "no file or folder"
+        raise AttnnasError(f"{str(what)!r} is {state}, and {len(found)} runs in {self.folder} "
+                           "begin with it; expected 1. `attnnas list runs` lists them; --results "
+                           "names another folder.")
+
     def records(self) -> list:
-        "Return all finished records, in order of their keys."
-        return [_read(path) for path in sorted(self.folder.glob("runs/*/record.json"))]
+        """Return all finished records, in order of their keys.
+
+        A damaged record is left out, with a warning that names its file and what is wrong.
+        """
+        return [record for record, _ in self._readable()]
+
+    def _readable(self):
+        "Yield (record, its file) of the records that can be read; warn of the others."
+        for path in sorted(self.folder.glob("runs/*/record.json")):
+            try:
+                record = _read(path)
+                record.run  # a configuration of another version cannot be listed either
+            except (AttnnasError, KeyError, TypeError) as error:
+                named = "" if str(path) in str(error) else f"{path}: "
+                warnings.warn(f"A damaged record is left out. {named}{error}", stacklevel=3)
+            else: yield record, path
 
     def known(self, configs) -> dict:
         """Return {hash: record} of those of `configs` that have one, whatever data it was made
@@ -231,10 +265,10 @@ class Store:
         What lies beside a record moves with it. Of two records that become one run, the later one
         is given the key,
         and the other stays as it is: it is read as before.
+        A damaged record stays as it is, with a warning.
         Returns: the number of runs that were given a key.
         """
-        paths = list(self.folder.glob("runs/*/record.json"))
-        old = [(RunRecord.load(path), path.parent) for path in paths
+        old = [(record, path.parent) for record, path in self._readable()
                if read_json(path).get("schema_version") == 1]
         old.sort(key=lambda pair: pair[0].finished, reverse=True)
         free = [(record, folder) for record, folder in old

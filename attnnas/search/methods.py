@@ -72,7 +72,7 @@ def _check_owner(option: str, method: str):
 def black_box(config: BlackBoxConfig, backbone: Callable, clips: ClipSource,
               validation: ClipSource, training: TrainingConfig = TrainingConfig(), sites=None,
               device: str = "cpu", seed: int = 0, journal=None,
-              progress: Callable | None = None, example=None) -> SearchResult:
+              progress: Callable | None = None, example=None, callbacks=()) -> SearchResult:
     """Search the cell for the sites of a backbone by a black-box method.
 
     config: the options of the method; they name it.
@@ -88,6 +88,7 @@ def black_box(config: BlackBoxConfig, backbone: Callable, clips: ClipSource,
         was stopped. Default: none is kept.
     progress: `progress(made, trials)`, called after each trial.
     example: an input of the network, as in `site_shapes`; default: the shape of a clip.
+    callbacks: told of each trial, as in `attnnas.search.study.search`.
     Returns: the result; its log has the trials, and one cell for all sites.
     Raises: AttnnasError for a configuration of the differentiable search and for an unknown site;
         AnotherStudy for a journal of a search with other settings; Interrupted when asked to stop.
@@ -103,6 +104,6 @@ def black_box(config: BlackBoxConfig, backbone: Callable, clips: ClipSource,
     objective = CellTraining(backbone, clips, validation, training, sites, device, example)
     search = METHODS[config.method].search
     found = search(config.space, objective, config.trials, seed, journal, show=False,
-                   progress=progress, **config.settings)
+                   progress=progress, callbacks=callbacks, **config.settings)
     counts = class_counts(objective.clips, objective.validation)
     return replace(found, provenance=found.provenance | {"counts": counts})

@@ -35,6 +35,7 @@ from ..core.seeds import stream_seed
 from ..core.system import lock_file
 from ..cells.space import FIXED, SearchSpace
 from ..training.loop import Interrupted
+from ..training.watch import Trials
 from .base import (
     EVERY_SITE, SCHEMA_VERSION, Past, SearchResult, Trial, TrialLog, try_cell)
 
@@ -301,7 +302,7 @@ def claim_next(study: Study, journal: Journal, trials: int) -> Claim:
 
 # %% ../../nbs/search/03_study.ipynb #f4460769
 def work(study: Study, path, trials: int, progress: Callable | None = None,
-         parent: int | None = None) -> Journal:
+         parent: int | None = None, told: Callable | None = None) -> Journal:
     """Make trials until there are no more to make.
 
     study: what is searched and how.
@@ -309,6 +310,7 @@ def work(study: Study, path, trials: int, progress: Callable | None = None,
     trials: how many trials are wanted in all.
     progress: `progress(made, trials)`, called after each trial.
     parent: a process; when it is gone, the work ends.
+    told: `told(trial)`, called for all trials that the journal has, time and again.
     Returns: the journal as it was read last.
     """
     journal = Journal(path, study.to_dict())
@@ -316,6 +318,7 @@ def work(study: Study, path, trials: int, progress: Callable | None = None,
     while parent in (None, os.getppid()):
         claim = claim_next(study, journal, trials)
         if progress: progress(sum(number < trials for number in journal.trials), trials)
+        for trial in journal.trials.values() if told else (): told(trial)
         if claim.trial is None:
             if not claim.others: break
             claims.wait(claim.others[0])
@@ -361,7 +364,7 @@ def _helpers(number: int, *arguments):
 
 # %% ../../nbs/search/03_study.ipynb #b936900e
 def search(study: Study, trials: int, journal=None, workers: int = 1, show: bool = True,
-           progress: Callable | None = None) -> SearchResult:
+           progress: Callable | None = None, callbacks=()) -> SearchResult:
     """Make the first `trials` trials of `study`; those that the journal has are not made again.
 
     study: what is searched and how.
@@ -370,6 +373,8 @@ def search(study: Study, trials: int, journal=None, workers: int = 1, show: bool
     workers: processes of this call. With one, the trials are a function of the study.
     show: whether a search that takes more than some seconds has a progress bar.
     progress: `progress(made, trials)`, called after each trial.
+    callbacks: functions of a `Tried`, or objects with on_epoch(tried), such as `TensorBoard`; they
+        are told of each trial, those that the journal has included.
     Returns: the result, whose log holds the trials.
     Raises: AnotherStudy for a journal of another study; AttnnasError for bad input; all that the
         objective raises: the same call then continues.
@@ -381,10 +386,16 @@ def search(study: Study, trials: int, journal=None, workers: int = 1, show: bool
         bar.update(made - bar.n)
         if progress and made: progress(made, trials)
 
+    rows = Trials(trials, callbacks, workers)
+
+    def told(trial: Trial):
+        if trial.number in rows.told: return
+        rows(trial.number, trial.cell.hash, trial.to_dict())
+
     with tempfile.TemporaryDirectory() as folder, bar:
         path = Path(folder, "journal.jsonl") if journal is None else Path(journal)
         with _helpers(workers - 1, study, path, trials):
-            done = work(study, path, trials, report)
+            done = work(study, path, trials, report, told=callbacks and told)
     made = tuple(done.trials[number] for number in sorted(done.trials) if number < trials)
     sites = getattr(study.objective, "sites", None) or (EVERY_SITE,)
     log = TrialLog(study.space, done.study["identity"]["objective"], made, tuple(sites))

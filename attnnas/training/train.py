@@ -22,7 +22,7 @@ from ..data.splits import clips_of
 from .loop import Trainer, TrainingConfig, rate
 from .precision import autocast, tf32_allowed
 from .processes import processes
-from .watch import Epoch, History, Silent, callback, watcher
+from .watch import Epoch, History, Silent, callback, epoch_of, watcher
 
 # %% ../../nbs/training/07_train.ipynb #ca2b885c
 def _given(data, validation) -> tuple:
@@ -149,10 +149,8 @@ def _epoch_of(trainer: Trainer, number: int) -> Epoch:
     seconds = known[number] if len(known) == len(trainer.history) else None
     left = config.epochs - number - 1
     seconds_left = left * sum(known[:number + 1]) / (number + 1) if seconds is not None else None
-    validation = entry.get("validation", {})
-    return Epoch(number + 1, config.epochs, entry["loss"], entry["top1"], validation.get("loss"),
-                 validation.get("top1"), validation.get("top5"), factor * config.learning_rate,
-                 seconds, seconds_left)
+    return epoch_of(entry, config.epochs, rate=factor * config.learning_rate, seconds=seconds,
+                    seconds_left=seconds_left)
 
 
 def _update(history: History, trainer: Trainer):
