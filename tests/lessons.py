@@ -22,6 +22,7 @@ class Done(NamedTuple):
 def _run(path: Path, scratch: Path):
     "Be the process of one notebook: what it leaves behind in torch or sys.modules ends with it."
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what runs in the background
+    for name in ("COLUMNS", "LINES"): os.environ.pop(name, None)  # readline, which pytest imports, leaves them for what it starts
     os.environ |= {"IPYTHONDIR": str(scratch), "OMP_NUM_THREADS": "1", "IN_TEST": "1"}
     with open(scratch / "output.txt", "w") as file:
         for stream in (1, 2): os.dup2(file.fileno(), stream)

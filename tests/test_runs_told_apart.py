@@ -16,6 +16,7 @@ from commands import attnnas
 from attnnas.cli import main as cli
 from attnnas.cli import train
 from attnnas.cli.options import OWN_RUNS, add_fields
+from attnnas.cli.show import _fitted
 from attnnas.cells.derivation import random_cell
 from attnnas.cells.space import SearchSpace
 from attnnas.cells.spec import CellSpec
@@ -140,6 +141,11 @@ def test_tables_fit_the_terminal_and_say_what_they_leave_out(store, capsys, monk
             wide = [line for line in out.splitlines() if len(line) > width and str(store.folder) not in line]
             assert code == 0 and not wide, (words, wide)
             if words == ["list", "runs"]: assert all(column in out for column in COLUMNS), out
+
+
+def test_columns_that_are_empty_in_all_rows_are_said_to_be(store):
+    rows = [{"data": "A" * 40, "settings": "", "accuracy": accuracy} for accuracy in (1.0, 2.0)]
+    assert _fitted(rows, 40)[0].split() == ["all", "with", "data", "A" * 40 + ",", "settings", "-"]
 
 
 def test_runs_of_one_name_are_told_apart(store):

@@ -133,8 +133,8 @@ def _fitted(rows: list, width: int) -> list:
         equal = {name: value for name, value in rows[0].items()
                  if all(row[name] == value for row in rows)}
         rows = [{name: row[name] for name in row if name not in equal} for row in rows]
-        texts = [f"{name} {as_text([{name: value}]).splitlines()[1].strip()}"
-                 for name, value in equal.items() if value is not None]
+        texts = [f"{name} {_text(name, value)}" for name, value in equal.items()
+                 if value is not None]
         if texts: before.append(fold(f"all with {', '.join(texts)}"))
     spared = [name for name in SPARED if name in rows[0]]
     for count in range(len(spared) + 1):
@@ -144,6 +144,11 @@ def _fitted(rows: list, width: int) -> list:
         if count: after.append(f"{', '.join(spared[:count])}: see --csv -, the table is too wide")
         break
     return [*before, as_text(rows, width), *map(fold, after)]
+
+
+def _text(name: str, value) -> str:
+    "A value as its column shows it; \"-\" for an empty text."
+    return "-" if value == "" else as_text([{name: value}]).splitlines()[1].strip()
 
 
 def _short_keys(rows: list) -> list:
