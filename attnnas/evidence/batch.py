@@ -20,6 +20,7 @@ from .claims import PROVING, write_claims
 from .config import Tier, load_tier, tier_path
 from .executor import execute, with_sources
 from .registry import EVIDENCE, planned
+from .report import write_report
 from .store import Store, package_source
 from .tables.statistics import counted
 from .templates import (
@@ -41,7 +42,7 @@ def notebook_key(name: str, parameters: dict, tier: Tier, store: Store) -> str:
 def reproduce(tier: str = "quick", results="reproduced", templates=(), device: str = "auto",
               workers: int = 0, fresh: bool = False, rebuild: bool = False, every: bool = False,
               show: bool = True, processes: int = 0) -> list:
-    """Make all runs of a tier, then its tables and figures in `results`/<tier>.
+    """Make all runs of a tier, then its tables, figures and report in `results`/<tier>.
 
     Finished runs are reused, and unchanged notebooks are left alone. A run or a template that fails
     does not stop the others; its executed notebook shows the error.
@@ -76,10 +77,21 @@ def reproduce(tier: str = "quick", results="reproduced", templates=(), device: s
     written = _make_notebooks(names, parameters, setting, store, show, failed)
     if PROVING & set(names):
         written += write_claims(setting, store, project_folder() / "results" / "reference")
+    try: written.append(_report(names, setting, store, failed))
+    except AttnnasError as error: failed.append(str(error))
     if failed:
         raise AttnnasError(f"{len(failed)} of {len(names)} parts failed: {' '.join(failed)} The "
                            "others are finished.")
     return written
+
+# %% ../../nbs/evidence/15_batch.ipynb #d9c681c8
+def _report(names: list, tier: Tier, store: Store, failed: list) -> Path:
+    "Write the report of a tier: the runs asked for, and what earlier batches made of it."
+    asked = with_sources(planned(tier, names)).values()
+    made = store.known(planned(tier, list(tier.templates)))
+    runs = {run.hash: run for run in asked} | {key: record.run for key, record in made.items()}
+    output = store.made(tier.name) / "report.html"
+    return write_report(store, output, [tier.name], list(runs.values()), failed)
 
 # %% ../../nbs/evidence/15_batch.ipynb #6702e6ed
 def _make_runs(runs: list, store: Store, workers: int, device: str, fresh: bool, show: bool,
