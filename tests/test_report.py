@@ -85,9 +85,9 @@ def test_a_batch_shows_its_own_runs_and_names_those_without_a_record(store):
     assert key_of(config(0)) not in none and config(7).label in none
 
 
-def test_pages_are_equal_and_small_screens_are_meant(store):
+def test_small_and_dark_screens_are_meant(store):
     page = html_report(store)
-    assert page == html_report(store) and 'content="width=device-width' in page and "prefers-color-scheme: dark" in page
+    assert 'content="width=device-width' in page and "prefers-color-scheme: dark" in page
     assert page.count("<table>") == page.count('<div class="box"><table>') > 4, "a table scrolls in a box of its own"
 
 
@@ -95,7 +95,8 @@ def test_the_command_writes_it_and_refuses_what_is_no_folder_of_runs(store, tmp_
     code, out, err = attnnas(capsys, "report", store.folder)
     assert (code, err) == (0, "") and "report.html" in out and (store.folder / "report.html").is_file()
     code, out, _ = attnnas(capsys, "report", store.folder, "--out", tmp_path / "a.html")
-    assert code == 0 and (tmp_path / "a.html").read_bytes() == (store.folder / "report.html").read_bytes()
+    again = (tmp_path / "a.html").read_bytes()
+    assert code == 0 and again == (store.folder / "report.html").read_bytes(), "a page is the same at each writing"
     (tmp_path / "empty").mkdir()
     for wrong, told in ((tmp_path / "nowhere", "is no folder"), (tmp_path / "empty", "nothing to report")):
         code, _, err = attnnas(capsys, "report", wrong)
@@ -105,6 +106,7 @@ def test_the_command_writes_it_and_refuses_what_is_no_folder_of_runs(store, tmp_
 def test_a_batch_writes_it_at_its_end_also_where_a_part_failed(tmp_path, monkeypatch):
     def fails(*arguments): raise AttnnasError("the template broke")
     monkeypatch.setattr(batch, "_make_notebook", fails)
+    monkeypatch.setattr(batch, "check_parameters", lambda path, parameters: None)  # imports nbformat, 5 s
     with pytest.raises(AttnnasError, match="the template broke"):
         batch.reproduce("smoke", tmp_path, ["figure_cells"], device="cpu", rebuild=True, show=False)
     assert "the template broke" in (tmp_path / "smoke" / "report.html").read_text(encoding="utf-8")

@@ -37,8 +37,8 @@ def _image(data: bytes, kind: str, text: str, width: float | None = None) -> str
     "Return a picture as HTML that holds it; `width` in pixels of the page."
     size = f' style="width:{width:.0f}px"' if width else ""
     code = base64.b64encode(data).decode()
-    return (f'<figure><img alt="{escape(text)}" src="data:image/{kind};base64,{code}"{size}>'
-            f"<figcaption>{escape(text)}</figcaption></figure>")
+    return (f'<figure><div class="pic"><img alt="{escape(text)}" src="data:image/{kind};base64,'
+            f'{code}"{size}></div><figcaption>{escape(text)}</figcaption></figure>')
 
 # %% ../../nbs/evidence/14_report.ipynb #11594373
 def _drawn(figure, text: str) -> str:
@@ -251,7 +251,11 @@ img { display: block; max-width: 100%; height: auto; background: #fff; border-ra
 figcaption { font-size: 14px; margin-top: 4px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 12px; }
 .grid figure { margin: 0; min-width: 0; }
-@media (max-width: 400px) { .grid { grid-template-columns: 1fr; } }
+.pic { overflow-x: auto; }
+@media (max-width: 600px) {
+  .grid { grid-template-columns: 1fr; }
+  section > figure img { max-width: 680px; }
+}
 """
 # The policy forbids the page every request; what it shows is in it.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -336,7 +340,8 @@ def _page(folder: str, tiers, files: list, rows: list, board: list, records: lis
     names = ", ".join(tiers) or folder
     return PAGE.format(policy=POLICY, style=STYLE, title=escape(f"Report: {names}"), nav=nav,
                        subtitle="Accuracies are in percent, times in UTC. A wide table scrolls "
-                       "sideways in its box.", summary=_summary(rows, board, records, problems),
+                       "sideways in its box, and on a phone so does a wide picture.",
+                       summary=_summary(rows, board, records, problems),
                        sections="\n".join(texts))
 
 
