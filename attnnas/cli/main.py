@@ -11,13 +11,13 @@ import importlib.metadata
 import sys
 import warnings
 
-from . import data, doctor, export, predict, reproduce, show, train
+from . import data, doctor, export, predict, report, reproduce, show, train
 from .options import OWN_RUNS
 from ..core.errors import AttnnasError
 from ..core.system import check_system
 
 # %% ../../nbs/cli/09_main.ipynb #206321ef
-COMMANDS = (reproduce, train, predict, export, show, doctor)
+COMMANDS = (reproduce, report, train, predict, export, show, doctor)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'LARGEST_FIRST', 'CELL_COLUMNS', 'FORMATS', 'CELL_DIGITS', 'LEAST', 'cells_of', 'run_row', 'arrange',
-           'list_runs', 'list_cells', 'Comparison', 'compare', 'history_rows', 'as_text', 'fits', 'text_table',
-           'as_frame']
+           'list_runs', 'list_cells', 'Comparison', 'compare', 'history_rows', 'as_text', 'fits', 'columns_of',
+           'text_table', 'as_frame']
 
 # %% ../../nbs/evidence/13_runs.ipynb #aebe64a7
 import fnmatch
@@ -282,16 +282,16 @@ def as_text(rows: list, width: int | None = None) -> str:
 
     width: as in `text_table`.
     """
-    return text_table(*_columns(rows), width) if rows else ""
+    return text_table(*columns_of(rows), width) if rows else ""
 
 
 def fits(rows: list, width: int) -> bool:
     "Tell whether rows are a table of lines of `width` characters, folded texts included."
-    return not rows or _widths(*_columns(rows), width) is not None
+    return not rows or _widths(*columns_of(rows), width) is not None
 
 
-def _columns(rows: list) -> tuple:
-    "Heads, texts and sides of a table, as `text_table` takes them."
+def columns_of(rows: list) -> tuple:
+    "Return heads, texts and sides of a table of rows, as `text_table` takes them."
     heads = list(dict.fromkeys(name for row in rows for name in row))
     texts = [[_shown(name, row.get(name), row) for name in heads] for row in rows]
     right = [all(_is_number(row.get(name)) for row in rows) for name in heads]
