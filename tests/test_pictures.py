@@ -200,15 +200,17 @@ def test_two_streams_learn_from_flow():
     pytest.importorskip("timm")
     seed_everything(0)
     model = create_model("mobilenetv2_two_stream", 2, width=.35, output_stride=8)
-    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
-    labels = torch.arange(8) % 2
-    x = torch.full((8, 5, 5, 16, 16), 115, dtype=torch.uint8)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    labels = torch.arange(16) % 2
+    x = torch.full((16, 5, 5, 32, 32), 115, dtype=torch.uint8)
     x[:, 3] = torch.where(labels == 1, 200, 56).view(-1, 1, 1, 1).to(torch.uint8)
+    in_flow = torch.tensor([0., 0, 0, 1, 1]).view(5, 1, 1, 1)     # batch norm would blow noise on equal colours up
     losses = []
-    for _ in range(30):
-        loss = torch.nn.functional.cross_entropy(model(to_float(x) + .1 * torch.randn(x.shape)), labels)
+    for _ in range(40):     # seeds 0 to 3 end at 0.03 and less; at 16x16 and 5e-3 the processor's rounding decided
+        loss = torch.nn.functional.cross_entropy(model(to_float(x) + .1 * in_flow * torch.randn(x.shape)), labels)
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         optimizer.step()
         losses.append(loss.item())
     assert np.median(losses[-10:]) < .2 < np.median(losses[:10])    # single steps leap, at so high a rate and so small a batch
