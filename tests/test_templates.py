@@ -8,12 +8,14 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
+import papermill
 import pytest
 from jupyter_client.launcher import launch_kernel
 from jupyter_client.provisioning import local_provisioner
 
 import forks
 from forks import forked_kernels
+from test_committed import RESULTS, stale_cells
 from attnnas.core.errors import AttnnasError
 from attnnas.evidence import batch, templates
 from attnnas.evidence.batch import notebook_key, reproduce
@@ -23,7 +25,7 @@ from attnnas.evidence.run import key_of
 from attnnas.evidence.store import Store
 from attnnas.evidence.tables.figures import searched_run
 from attnnas.evidence.templates import (
-    COMMON, check_parameters, run_template, template_path, unchanged)
+    COMMON, TYPES, check_parameters, own_kernel, run_template, template_path, unchanged)
 
 TEMPLATES = sorted(path.stem for path in (Path(__file__).parent.parent / "nbs/paper").glob("*.ipynb")
                    if path.stem != COMMON)
@@ -49,6 +51,38 @@ def test_the_common_template_makes_the_same_table(smoke, tmp_path, monkeypatch):
     parameters = {"table": "table_1_nonlocal", "tier": "smoke", "results": str(results), "device": "cpu"}
     run_template(COMMON, parameters, tmp_path / "out.ipynb")
     assert made.read_bytes() == before
+
+
+def written_times(folder: Path) -> dict: return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("name", ["figure_cells", "figure_attention_maps", COMMON])
+def test_a_template_run_as_it_is_shows_the_committed_records(name, tmp_path, monkeypatch, forked_kernels):
+    "Those that no batch of test_committed runs; from a folder that is not the project's, and nothing there or here changes."
+    monkeypatch.chdir(tmp_path)
+    before = written_times(RESULTS)
+    run_template(name, {}, tmp_path / f"made/{name}.ipynb")
+    assert stale_cells(name, tmp_path / "made") == [] and written_times(RESULTS) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+@pytest.mark.parametrize("given, message", [({"teir": "full"}, "Unknown parameter of this notebook 'teir'. Did you mean 'tier'"),
+                                            ({"rebuild": "yes"}, "rebuild of this notebook is 'yes', a str, expected a bool"),
+                                            ({"tier": "quikc"}, "Did you mean 'quick'"), ({"device": "gpu"}, "device 'gpu'"),
+                                            ({"table": "table_7"}, "Unknown table 'table_7'"), ({"results": None}, "expected a str")])
+def test_a_template_refuses_what_papermill_hands_it_by_hand(given, message, tmp_path, forked_kernels):
+    "papermill itself only warns of a name that the notebook does not have."
+    with pytest.raises(papermill.PapermillExecutionError, match=message):
+        papermill.execute_notebook(str(template_path(COMMON)), str(tmp_path / "out.ipynb"), given, progress_bar=False,
+                                   kernel_manager_class=own_kernel(), kernel_name="python3")
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, COMMON])
+def test_parameters_say_their_types(name):
+    "If this fails, `papermill --help-notebook` tells other types than those that are checked."
+    known = papermill.inspect_notebook(str(template_path(name)))
+    assert {key: value["inferred_type_name"] for key, value in known.items()} == {key: TYPES[key].__name__ for key in known}
+    assert all(value["help"] for value in known.values()) and set(known) | {"table"} == set(TYPES)
 
 
 @pytest.fixture(scope="module")
