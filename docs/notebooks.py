@@ -6,6 +6,7 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
+ATTRIBUTE = r"""(?P<before>(?:src|href)=["'])(?P<target>[^"'\s]+)"""
 LINK = re.compile(r"""(?P<before>\]\(|(?:src|href)=["'])(?P<target>[^)"'\s]+)""")
 
 
@@ -25,8 +26,10 @@ def read_notebook(path: Path):
     return notebook
 
 
-def relink(text: str, folder: str, rewrite) -> str:
+def relink(text: str, folder: str, rewrite, link=LINK) -> str:
     """Pass every relative link of Markdown or HTML through `rewrite`.
+
+    `link`: ATTRIBUTE for a page of HTML, where "](" is no link but somebody's code.
 
     `folder` is where the text's notebook lies, relative to the repository; `rewrite` receives the
     linked path relative to the repository and returns the link to write.
@@ -34,6 +37,6 @@ def relink(text: str, folder: str, rewrite) -> str:
     def replace(match):
         target, _, anchor = match["target"].partition("#")
         if not target or re.match(r"[a-z]+:|/", target): return match[0]
-        link = rewrite(posixpath.normpath(posixpath.join(folder, target)))
-        return match["before"] + link + ("#" + anchor if anchor else "")
-    return LINK.sub(replace, text)
+        target = rewrite(posixpath.normpath(posixpath.join(folder, target)))
+        return match["before"] + target + ("#" + anchor if anchor else "")
+    return link.sub(replace, text)

@@ -15,7 +15,7 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
 sys.path.insert(0, str(Path(__file__).parent))
-from notebooks import ROOT, read_notebook, relink
+from notebooks import ATTRIBUTE, ROOT, read_notebook, relink
 
 HEADING = re.compile(r'<h([1-6]) id="([^"]+)">(.*?)<a class="anchor-link"', re.S)
 linked = set()  # files outside nbs/ that pages show or link to
@@ -66,7 +66,8 @@ def on_page_content(content, page, config, files):
     body, _ = exporter().from_notebook_node(read_notebook(notebook))
     body = re.sub(r"<pre><span></span>(.*?)</pre>", r"<pre><span></span><code>\1</code></pre>", body, flags=re.S)
     page.toc = get_toc(contents(HEADING.findall(body)))
-    return relink(body, folder, lambda path: site_link(path, Path("nbs", page.file.dest_uri).parent.as_posix()))
+    return relink(body, folder, lambda path: site_link(path, Path("nbs", page.file.dest_uri).parent.as_posix()),
+                  ATTRIBUTE)
 
 
 def on_post_build(config):

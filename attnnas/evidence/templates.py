@@ -182,8 +182,9 @@ class Evidence:
         """
         from IPython.display import Markdown, display
         if not self.committed: return print(error)
-        pictures = sorted((project_folder() / "results" / self.tier.name).glob(pattern))
-        links = [f"![{path.stem}](../../results/{self.tier.name}/{path.name})" for path in pictures]
+        folder = f"results/{self.tier.name}"
+        pictures = sorted((project_folder() / folder).glob(pattern))
+        links = [f"![{path.stem}](../../{folder}/{path.name})" for path in pictures]
         display(Markdown("\n\n".join(["The trained weights are not in the repository. The "
                                       "committed pictures were drawn with them:", *links])))
 
