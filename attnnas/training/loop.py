@@ -27,8 +27,9 @@ from torch import nn
 from ..core.errors import AttnnasError
 from ..core.options import check, differences, option, to_plain
 from ..core.seeds import generator
-from ..data.clips import read_ahead, to_float
+from ..data.clips import read_ahead
 from ..networks.dry_run import DryRun
+from ..networks.pixels import to_input
 from .averages import Average, Best, best_epoch
 from .checkpoint import load_checkpoint, save_checkpoint
 from .evaluation import Diverged, evaluate, share_losses
@@ -226,7 +227,7 @@ def classify(model: nn.Module, video: torch.Tensor, labels: torch.Tensor,
     labels: int64 (B,).
     smoothing: the share of a label that is spread over all classes.
     """
-    scores = as_scores(model(to_float(video)))
+    scores = as_scores(model(to_input(model, video)))
     return Scored(scores, F.cross_entropy(scores, labels, label_smoothing=smoothing))
 
 # %% ../../nbs/training/04_loop.ipynb #8f5e325a
