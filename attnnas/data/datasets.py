@@ -76,7 +76,10 @@ def check_video(video, number: int) -> Tensor:
     if isinstance(video, np.ndarray): video = torch.from_numpy(video)
     what = f"The video of item {number}"
     if not isinstance(video, Tensor):
-        raise AttnnasError(f"{what} is a {type(video).__name__}; expected a tensor (C, T, H, W).")
+        several = isinstance(video, (tuple, list, Mapping))
+        advice = " A network of several inputs makes them of it by attnnas.Pathways." * several
+        raise AttnnasError(f"{what} is a {type(video).__name__}; expected a tensor (C, T, H, W)."
+                           f"{advice}")
     shape = tuple(video.shape)
     if video.ndim == 3:
         raise AttnnasError(f"{what} has the shape {shape}, an image's. Make it a clip of one frame "

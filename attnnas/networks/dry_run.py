@@ -129,8 +129,9 @@ def _is_size(value) -> bool:
 
 
 def shapes_of(x):
-    "Give the shapes of a tensor, or of the tensors in lists and tuples."
+    "Give the shapes of a tensor, or of the tensors in lists, tuples and dictionaries."
     if isinstance(x, torch.Tensor): return tuple(x.shape)
+    if isinstance(x, dict): return {name: shapes_of(part) for name, part in x.items()}
     return type(x)(shapes_of(part) for part in x) if isinstance(x, (list, tuple)) else x
 
 
@@ -160,17 +161,19 @@ class DryRun:
     def input(self, example):
         """Make the input of a dry run.
 
-        example: a shape, or a tensor, which is moved to the device. A list of these is one
-            argument, which is a list; a tuple of these is several arguments.
+        example: a shape, or a tensor, which is moved to the device. A list or a dictionary of
+            these is one argument, which is one; a tuple of these is several arguments.
         Returns: the same with tensors for shapes, in the network's precision, empty on the meta
             device and elsewhere the same random numbers in [0, 1) each time.
         Raises: AttnnasError for anything else.
         """
         if isinstance(example, torch.Tensor): return example.to(self.device)
+        if isinstance(example, dict) and example:
+            return {name: self.input(part) for name, part in example.items()}
         if not isinstance(example, (list, tuple)) or not example:
             raise AttnnasError(f"{example!r} is no example of an input. Give a shape such as "
-                               "(1, 3, 16, 32, 32) or a tensor; a list of these for a network "
-                               "that takes a list, a tuple for several arguments.")
+                               "(1, 3, 16, 32, 32) or a tensor; a list or a dictionary of these "
+                               "for a network that takes one, a tuple for several arguments.")
         if not all(_is_size(size) for size in example):
             return type(example)(self.input(part) for part in example)
         dtype = home(self.model).dtype

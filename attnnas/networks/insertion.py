@@ -145,8 +145,8 @@ def site_shapes(model: nn.Module, example=None) -> dict[str, tuple[int, ...]]:
 
     model: the network.
     example: an input shape; None: `model.example_shape`. A small input tensor for a model that
-        cannot run on the meta device. A list of these for a network that takes a list, a tuple for
-        one that takes several arguments.
+        cannot run on the meta device. A list or a dictionary of these for a network that takes one,
+        a tuple for one that takes several arguments.
     Returns: module name -> shape of its output, (B, C, T, H, W) or (B, C, H, W), channels second
         wherever the network has them. Left out: modules that run more than once in a forward pass,
         maps whose channel axis is not known, and what is already inserted.

@@ -18,6 +18,7 @@ from ..core.options import to_plain
 from ..core.seeds import stream_seed
 from ..data.datasets import as_clips
 from ..data.splits import clips_of
+from ..networks.pathways import SEVERAL, check_one_input
 from ..networks.pixels import scale_of, to_input
 from ..networks.weights import bare_network
 from .loop import Trainer, TrainingConfig, rate
@@ -75,6 +76,7 @@ def check_network(model: nn.Module, clips, device="cpu", precision: str = "fp32"
     device, precision: as in `autocast`.
     example: what it is tried with, clips (B, C, T, H, W) or their shape; default: the first clip.
     """
+    check_one_input(model, example)
     video = _example(model, clips, example).to(device)
     name = type(model).__name__
     if not torch.isfinite(video).all():
@@ -87,7 +89,7 @@ def check_network(model: nn.Module, clips, device="cpu", precision: str = "fp32"
     except Exception as error:  # a foreign network raises what it likes
         told = str(error).strip().rstrip(".")
         raise AttnnasError(f"{name} does not take a clip of shape {tuple(video.shape)}: "
-                           f"{told}.") from error
+                           f"{told}. {SEVERAL}") from error
     finally: model.train(training)
     _check_scores(scores, name, len(video), len(clips.classes))
 
