@@ -18,7 +18,7 @@ from ..cells.cell import AttentionCell
 from ..cells.spec import CellSpec
 from ..core.errors import AttnnasError
 from .axes import ChannelAxes
-from .dry_run import DryRun, home
+from .dry_run import DryRun, check_module, home
 
 # %% ../../nbs/networks/03_insertion.ipynb #3c94fca4
 class Site(nn.Module):
@@ -276,6 +276,7 @@ def insert(model: nn.Module, what, sites=None, example=None) -> nn.Module:
         or one whose channel axis is not known, and for a module that does not keep its input's
         shape, or that the network would not run exactly once.
     """
+    check_module(model)
     names = _names(model, sites, example, what)
     dry, x = _dry_run(model, example)
     maps = _free(model, _maps(dry, x))

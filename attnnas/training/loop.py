@@ -328,8 +328,11 @@ def parts_of(model: nn.Module, config: TrainingConfig,
     return parts
 
 # %% ../../nbs/training/04_loop.ipynb #8c9f81f9
-def _check_recipe(config: TrainingConfig, validation, processes: OneProcess):
-    "Raise AttnnasError for options that need what is not there."
+def _check_recipe(model: nn.Module, config: TrainingConfig, validation, processes: OneProcess):
+    "Raise AttnnasError for options that need what is not there, and where nothing learns."
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise AttnnasError(f"No parameter of {type(model).__name__} requires a gradient: there is "
+                           "nothing to train. Call requires_grad_() on what is to learn.")
     watches = [name for name in ("patience", "keep_best") if getattr(config, name)]
     if watches and validation is None:
         raise AttnnasError(f"{watches[0]} looks at validation clips, and there are none. Give "
@@ -369,7 +372,7 @@ class Trainer:
                  checkpoint_seconds: float = 30, own_rates=(), loss: Callable = classify,
                  observe: Callable | None = None, progress: Callable | None = None,
                  processes: OneProcess = ALONE, on_epoch: Callable | None = None):
-        _check_recipe(config, validation, processes)
+        _check_recipe(model, config, validation, processes)
         self.model = model.to(device)
         self.clips = clips
         self.config = config

@@ -29,6 +29,7 @@ from ..data.layout import IMAGES, VIDEOS, files_below
 from ..data.manifest import Manifest, Row
 from ..data.unreadable import Unreadable
 from ..data.video import VideoClips
+from ..networks.dry_run import check_module
 from ..networks.pixels import SCALE, pixel_scale
 from .evaluation import class_scores
 
@@ -164,6 +165,7 @@ def at_work(network: nn.Module, device: str):
     device: as `attnnas.core.devices.pick_device` takes it.
     Yields: the device.
     """
+    check_module(network)
     there = pick_device(device)
     home = next((t.device for t in (*network.parameters(), *network.buffers())), there)
     modes = {module: module.training for module in network.modules()}
@@ -207,7 +209,7 @@ def find_videos(videos, endings: tuple = VIDEOS) -> list[str]:
     Raises: AttnnasError for a folder without videos, and where nothing is asked for.
     """
     found = []
-    for place in [videos] if isinstance(videos, (str, os.PathLike)) else list(videos):
+    for place in [videos] if isinstance(videos, (str, os.PathLike)) else list(videos or ()):
         if not isinstance(place, (str, os.PathLike)):
             raise AttnnasError(f"A video is a path or a tensor, got {type(place).__name__}. Give a "
                                "path, a list of paths, a folder, or a clip (C, T, H, W).")

@@ -18,6 +18,7 @@ from ..core.options import to_plain
 from ..core.seeds import stream_seed
 from ..data.datasets import as_clips
 from ..data.splits import clips_of
+from ..networks.dry_run import check_module
 from ..networks.pathways import SEVERAL, check_one_input
 from ..networks.pixels import scale_of, to_input
 from ..networks.weights import bare_network
@@ -92,6 +93,9 @@ def check_network(model: nn.Module, clips, device="cpu", precision: str = "fp32"
                            f"{told}. {SEVERAL}") from error
     finally: model.train(training)
     _check_scores(scores, name, len(video), len(clips.classes))
+    if torch.isfinite(scores).all(): return
+    raise AttnnasError(f"{name} gives scores that are not finite for the first clip, in "
+                       f"{precision}. Look at its weights.")
 
 
 def _example(model, clips, example) -> torch.Tensor:
@@ -192,6 +196,7 @@ def train(model: nn.Module, data, validation=None, *, config: TrainingConfig = T
     Raises: AttnnasError for clips, a network or options that do not fit, before the first step;
         Interrupted when asked to stop.
     """
+    check_module(model)
     clips, validated = _given(data, validation)
     check_clips(clips)
     if validated is not None: check_clips(validated, "validation", clips.classes)
