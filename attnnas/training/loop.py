@@ -62,7 +62,8 @@ class TrainingConfig:
     ema: float = option(0.0, "decay of a moving average of the weights, which is validated and "
                         "kept, such as 0.999; 0: none", minimum=0, maximum=0.999999, added=True)
     precision: str = option("fp32", "what the network computes in: bf16 and fp16 by autocast, fp16 "
-                            "with a scaled loss", choices=tuple(PRECISIONS), added=True)
+                            "with a scaled loss; a CPU without AVX512-BF16 is faster in fp32",
+                            choices=tuple(PRECISIONS), added=True)
     tf32: str = option("default", "whether a GPU may round float32 factors to 11 bits; default: "
                        "as PyTorch has it", choices=TF32, added=True)
     freeze: tuple = option((), "what does not learn: names of modules; backbone: all but cells "
