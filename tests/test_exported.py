@@ -106,6 +106,7 @@ def test_every_model_with_cells_is_exported(name, tmp_path): check(*with_cells(n
 @pytest.mark.parametrize("name", ["patchnet", "i3d_small", "i3d_r50", "slowfast_r50", "r50_frames", "c3d", "mvit_b", "assemblenet_50",
                                   "mobilenetv2_frames"])
 def test_a_network_of_each_family_is_compiled_whole(name):
+    torch.compiler.reset()  # Backbone.forward is one code, and dynamo compiles it for eight networks at most
     model, shape = with_cells(name)
     compiled = torch.compile(model.eval(), fullgraph=True, backend="eager", dynamic=True)
     with torch.no_grad():

@@ -12,7 +12,9 @@ from pytorchvideo.models import hub
 from pytorchvideo.models.hub import r2plus1d, resnet, slowfast, vision_transformers
 from torchvision.models import video
 from torchvision.models.video import mvit as torchvision_mvit
+from torchvision.transforms._presets import VideoClassification
 
+import attnnas as an
 from attnnas.core.errors import AttnnasError
 from attnnas.networks import pretrained
 from attnnas.networks.inception import same_padding
@@ -103,11 +105,15 @@ def test_mvit_of_either_library_gives_its_scores(library, tmp_path):
 def test_s3d_of_torchvision_gives_its_scores(tmp_path):
     theirs = settled(video.s3d(weights=None))
     theirs.avgpool = nn.AdaptiveAvgPool3d(1)  # theirs is for clips of 224 x 224
-    with pytest.warns(UserWarning, match="pixels of mean \\(0.43216"):
-        ours = create_model("s3d", 400, pretrained=saved(theirs, tmp_path / "s3d.pth", None))
+    ours = create_model("s3d", 400, pretrained=saved(theirs, tmp_path / "s3d.pth", None))
     assert ours.made_by["options"] == {"separable_stem": True, "padding": "symmetric"}
     check_report(ours)
     check_scores(ours, theirs, clip(16, 64, 64))
+    video_bytes = torch.randint(0, 256, (16, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    theirs_input = VideoClassification(crop_size=(64, 64), resize_size=(64, 64))(video_bytes)
+    with torch.no_grad(): expected = theirs(theirs_input[None])[0]
+    found, = an.predict(ours, video_bytes.transpose(0, 1), device="cpu")
+    torch.testing.assert_close(found.scores, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
 class Unit(nn.Module):
@@ -175,8 +181,8 @@ class PublishedI3D(nn.Module):
 
 def test_i3d_of_the_published_layout_gives_its_scores(tmp_path):
     theirs = settled(PublishedI3D())
-    with pytest.warns(UserWarning, match="pixels of mean \\(0.5"):
-        ours = create_model("i3d", 400, pretrained=saved(theirs, tmp_path / "rgb_imagenet.pt", None))
+    ours = create_model("i3d", 400, pretrained=saved(theirs, tmp_path / "rgb_imagenet.pt", None))
+    assert ours.preprocessing == {"mean": [.5, .5, .5], "std": [.5, .5, .5]}
     check_report(ours)
     check_scores(ours, theirs, clip(9, 37, 45))
 

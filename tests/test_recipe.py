@@ -3,6 +3,7 @@ import copy
 import io
 import signal
 import sys
+import warnings
 from functools import partial
 
 import pytest
@@ -313,3 +314,15 @@ def test_a_terminal_gets_a_line_an_epoch(monkeypatch):
 def test_without_tensorboard_the_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(AttnnasError, match="pip install tensorboard"): TensorBoard(tmp_path)
+
+
+def test_a_cpu_without_half_precision_is_told_before_the_training(monkeypatch):
+    "If this fails, somebody waits ten times as long for a run and does not know why."
+    from attnnas.training import precision
+    monkeypatch.setattr(precision, "_is_native", lambda name: False)
+    with pytest.warns(UserWarning, match="no fast convolutions in bf16.*Use precision fp32"): precision.Precision("bf16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        precision.Precision("fp32")
+        monkeypatch.setattr(precision, "_is_native", lambda name: True)
+        precision.Precision("bf16")

@@ -254,7 +254,8 @@ sys.modules["attnnas"] = package
 from attnnas.networks.saved import load
 print(load(folder).classes)
 rooms = {name.split(".")[1] for name in sys.modules if name.startswith("attnnas.")}
-assert rooms <= {"core", "attention", "cells", "networks"}, rooms
+assert rooms <= {"core", "attention", "cells", "networks", "data"}, rooms
+assert {name for name in sys.modules if name.startswith("attnnas.data.")} == {"attnnas.data.clips"}  # bytes to numbers
 assert "huggingface_hub" not in sys.modules
 """
 

@@ -76,7 +76,10 @@ def check_video(video, number: int) -> Tensor:
     if isinstance(video, np.ndarray): video = torch.from_numpy(video)
     what = f"The video of item {number}"
     if not isinstance(video, Tensor):
-        raise AttnnasError(f"{what} is a {type(video).__name__}; expected a tensor (C, T, H, W).")
+        several = isinstance(video, (tuple, list, Mapping))
+        advice = " A network of several inputs makes them of it by attnnas.Pathways." * several
+        raise AttnnasError(f"{what} is a {type(video).__name__}; expected a tensor (C, T, H, W)."
+                           f"{advice}")
     shape = tuple(video.shape)
     if video.ndim == 3:
         raise AttnnasError(f"{what} has the shape {shape}, an image's. Make it a clip of one frame "
@@ -150,7 +153,7 @@ def _named_classes(dataset) -> list | None:
 # %% ../../nbs/data/25_datasets.ipynb #4418e053
 def _plain(label, number: int):
     "A label as an int or a str. Raises: AttnnasError."
-    if isinstance(label, str): return str(label)
+    if isinstance(label, str) and label.strip(): return str(label)
     if isinstance(label, (Tensor, np.ndarray)) and label.ndim == 0: label = label.item()
     is_whole = not isinstance(label, (bool, np.bool_, Tensor, np.ndarray))
     if is_whole:
@@ -238,9 +241,17 @@ class DatasetClips:
     def __len__(self) -> int: return len(self.labels)
 
     def item(self, number: int, epoch: int = 0):
-        "Return an item as the data set gives it, with the random numbers of (epoch, number)."
-        with seeded(stream_seed(self.seed, "item", epoch, number), self._random):
-            return self.dataset[number]
+        """Return an item as the data set gives it, with the random numbers of (epoch, number).
+
+        Raises: AttnnasError where the data set cannot.
+        """
+        try:
+            with seeded(stream_seed(self.seed, "item", epoch, number), self._random):
+                return self.dataset[number]
+        except AttnnasError: raise
+        except Exception as error:  # a foreign data set raises what it likes
+            raise AttnnasError(f"{type(self.dataset).__name__} cannot give its item {number}: "
+                               f"{type(error).__name__}: {error}.") from error
 
     def batch(self, indices: Tensor, epoch: int = 0) -> Tensor:
         """Return the clips at `indices` (B,): (B, C, T, H, W), uint8 or floating-point.

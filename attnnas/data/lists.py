@@ -127,7 +127,8 @@ def open_videos(place, split: str = "all", endings: tuple = VIDEOS) -> Manifest:
         if is_prepared(place): return Manifest.load(place)
         return listed_manifest(place, endings=endings)
     if not place.is_dir():
-        raise AttnnasError(f"There is no folder {place}. Expected FOLDER/CLASS/VIDEO.mp4, or "
+        what = f"{place} is a file" if place.exists() else f"There is no folder {place}"
+        raise AttnnasError(f"{what}. Expected FOLDER/CLASS/VIDEO.mp4, or "
                            "FOLDER/train/CLASS/VIDEO.mp4 and other splits likewise.")
     has_splits = (place / "train").is_dir() or (place / split).is_dir()
     if has_splits: return open_manifest(place, split, endings)

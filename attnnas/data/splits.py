@@ -337,12 +337,15 @@ class Splits(dict):
     def _left_out(self) -> list:
         "Say what lies there and is no video of a class, and which videos stand in two splits."
         manifests = {id(clips.manifest): clips.manifest for clips in self.values()}
-        reasons = Counter(entry.reason for manifest in manifests.values()
-                          for entry in manifest.left_out)
+        left_out = [entry for manifest in manifests.values() for entry in manifest.left_out]
+        reasons = Counter(entry.reason for entry in left_out)
         lines = []
         if reasons:
             counts = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-            lines.append(f"Left out, as no video of a class: {counts}.")
+            shown = "; ".join(f"{entry.path}: {(entry.detail or entry.reason).rstrip('.')}"
+                              for entry in left_out[:_SHOWN])
+            more = f"; and {len(left_out) - _SHOWN} more" if len(left_out) > _SHOWN else ""
+            lines.append(f"Left out, as no video of a class: {counts} ({shown}{more}).")
         for manifest in manifests.values():
             lines += [f"In {pair}: {_number(count, 'video')} in both."
                       for pair, count in manifest.summary()["shared"].items()]
@@ -362,6 +365,9 @@ class Splits(dict):
                            f"{listed}. Replace them, or remove the class.")
 
 # %% ../../nbs/data/26_splits.ipynb #3fb1a3cc
+_SHOWN = 3  # of what is left out
+
+
 def _number(count: int, what: str) -> str: return f"{count} {what}{'s' * (count != 1)}"
 
 

@@ -15,7 +15,6 @@ import torch
 from ..cells.derivation import Derivation, carry_over, random_cell
 from ..cells.space import SearchSpace
 from ..cells.spec import CellSpec
-from ..data.clips import to_float
 from ..data.synthetic import BENCHMARKS
 from ..core.errors import AttnnasError, choose
 from .config import Tier, load_tier
@@ -25,6 +24,7 @@ from .tables.figures import Figure
 from .tables.rows import own_seconds
 from .tables.table import settings
 from ..networks.insertion import inserted
+from ..networks.pixels import to_input
 from ..training.evaluation import evaluate
 
 # %% ../../nbs/evidence/08_ablation.ipynb #4d0e4e01
@@ -221,7 +221,7 @@ def supergraph_score(search: RunRecord, derivation: Derivation, store: Store,
     model.train()
     for i in range(batches):
         part = torch.arange(i * size, (i + 1) * size) % len(data["train"])
-        model(to_float(data["train"].batch(part)))
+        model(to_input(model, data["train"].batch(part)))
     return evaluate(model, data["validation"], size, "cpu")["top1"]
 
 # %% ../../nbs/evidence/08_ablation.ipynb #8526efb9

@@ -283,9 +283,10 @@ def _one_a_core(device: str) -> int:
 
 # %% ../../nbs/evidence/06_executor.ipynb #7b1029a7
 def _failure(waiting: dict, failed: dict) -> AttnnasError:
-    lines = "; ".join(f"{waiting[key].label}: {error}" for key, error in failed.items())
-    return AttnnasError(f"{len(failed)} of {len(waiting)} runs failed ({lines}). The others are "
-                        "finished and kept.")
+    told = [f"{waiting[key].label}: {str(error).rstrip('.')}" for key, error in failed.items()]
+    if len(waiting) == 1: return AttnnasError(f"The run failed: {told[0]}.")
+    kept = "" if len(failed) == len(waiting) else " The others are finished and kept."
+    return AttnnasError(f"{len(failed)} of {len(waiting)} runs failed ({'; '.join(told)}).{kept}")
 
 # %% ../../nbs/evidence/06_executor.ipynb #59f68661
 class NoRecord(AttnnasError):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..cells.cell import AttentionCell
 from ..core.errors import AttnnasError
-from ..data.clips import to_float
 from ..networks.insertion import inserted
+from ..networks.pixels import to_input
 from ..cells.spec import OperationSpec
 
 # %% ../../nbs/figures/03_attention.ipynb #cd6ff3a3
@@ -38,7 +38,8 @@ def collect(model: nn.Module, video: Tensor) -> dict[tuple[str, int], Seen]:
     The model runs in evaluation mode. Afterwards it has the mode that it had, and no hooks.
 
     model: a network with at least one attention cell.
-    video: (B, 3, T, H, W). uint8 is normalised by `to_float`; other types are not changed.
+    video: (B, 3, T, H, W). uint8 is brought to the network's scale by `to_input`; other types are
+        not changed.
     Returns: (site, number of the operation, from 1) -> `Seen`.
     Raises: AttnnasError where the model has no attention cell.
     """
@@ -61,7 +62,7 @@ def collect(model: nn.Module, video: Tensor) -> dict[tuple[str, int], Seen]:
             numbered = enumerate(zip(cell.spec.operations, cell.operations), 1)
             for k, (spec, operation) in numbered:
                 handles.append(operation.register_forward_pre_hook(note((site, k), spec)))
-        model.eval()(to_float(video) if video.dtype == torch.uint8 else video)
+        model.eval()(to_input(model, video) if video.dtype == torch.uint8 else video)
     finally:
         for handle in handles: handle.remove()
         for module, training in modes.items(): module.training = training

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from ..core.errors import AttnnasError
 from ..core.files import write_atomic
 from ..cells.cell import AttentionCell
-from ..data.clips import to_float
 from ..data.codec import encode
 from ..explain.gradcam import gradcam
 from ..explain.overlay import overlay, shaded
 from .attention import Seen, collect, to_pixels
 from ..networks.insertion import inserted, site_shapes
+from ..networks.pixels import to_input
 from ..training.predict import Prediction, at_work, clip_config, predict, read_clip
 
 # %% ../../nbs/figures/05_attention_video.ipynb #627ab446
@@ -276,7 +276,7 @@ def attention_frames(model: nn.Module, video, *, device: str = "auto", preproces
     name = "" if isinstance(video, Tensor) else str(video)
     with at_work(model, device) as there:
         x = cut.video[None].to(there)
-        x = to_float(x) if x.dtype == torch.uint8 else x
+        if x.dtype == torch.uint8: x = to_input(model, x, preprocessing)
         types = [p.dtype for p in model.parameters() if p.is_floating_point()]
         panels = _panels(model, x.to(types[0] if types else x.dtype))
     shown = _enlarged(_colours(_bytes(cut.video)), _SIDE)

@@ -22,8 +22,10 @@ from torch import nn
 from ..core.errors import AttnnasError, choose
 from ..core.files import write_atomic
 from ..core.seeds import generator
+from ..data.clips import MEAN, STD
 from .dry_run import home
 from .insertion import inserted
+from .pixels import scale_of
 from .weights import bare_network
 
 # %% ../../nbs/networks/14_export.ipynb #3f0e99c2
@@ -106,16 +108,23 @@ def _metadata(model: nn.Module, shape: tuple) -> dict[str, str]:
     found = {name: value for name, value in known.items() if value is not None}
     try: maker = version("attnnas")
     except PackageNotFoundError: maker = "unknown"
-    found |= {"clip": list(shape), "cells": cells, "attnnas": maker, "torch": torch.__version__}
+    found |= {"clip": list(shape), "pixels": _pixels(model), "cells": cells, "attnnas": maker,
+              "torch": torch.__version__}
     return {name: json.dumps(value, default=str) for name, value in found.items()}
+
+
+def _pixels(model: nn.Module) -> dict:
+    "The mean and the deviation of pixels between 0 and 1 that the network reads."
+    return scale_of(model) or {"mean": MEAN, "std": STD}
 
 
 def exported_metadata(path) -> dict:
     """Read what a file that `export` wrote says about its network.
 
     path: the .onnx or .pt2 file.
-    Returns: its entries: `clip` (C, T, H, W), `cells` (site -> description), `attnnas`, `torch`,
-        and those of `classes`, `preprocessing`, `made_by`, `made_from` that the network had.
+    Returns: its entries: `clip` (C, T, H, W), `pixels`, whose mean and std a pixel between 0 and 1
+        is scaled by, `cells` (site -> description), `attnnas`, `torch`, and those of `classes`,
+        `preprocessing`, `made_by`, `made_from` that the network had.
     Raises: AttnnasError for a file that cannot be read.
     """
     path = Path(path)

@@ -18,7 +18,7 @@ from ..cells.cell import AttentionCell
 from ..cells.spec import CellSpec
 from ..core.errors import AttnnasError
 from .axes import ChannelAxes
-from .dry_run import DryRun, home
+from .dry_run import DryRun, check_module, home
 
 # %% ../../nbs/networks/03_insertion.ipynb #3c94fca4
 class Site(nn.Module):
@@ -145,8 +145,8 @@ def site_shapes(model: nn.Module, example=None) -> dict[str, tuple[int, ...]]:
 
     model: the network.
     example: an input shape; None: `model.example_shape`. A small input tensor for a model that
-        cannot run on the meta device. A list of these for a network that takes a list, a tuple for
-        one that takes several arguments.
+        cannot run on the meta device. A list or a dictionary of these for a network that takes one,
+        a tuple for one that takes several arguments.
     Returns: module name -> shape of its output, (B, C, T, H, W) or (B, C, H, W), channels second
         wherever the network has them. Left out: modules that run more than once in a forward pass,
         maps whose channel axis is not known, and what is already inserted.
@@ -276,6 +276,7 @@ def insert(model: nn.Module, what, sites=None, example=None) -> nn.Module:
         or one whose channel axis is not known, and for a module that does not keep its input's
         shape, or that the network would not run exactly once.
     """
+    check_module(model)
     names = _names(model, sites, example, what)
     dry, x = _dry_run(model, example)
     maps = _free(model, _maps(dry, x))

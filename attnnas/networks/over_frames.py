@@ -14,6 +14,7 @@ from ..core.options import check_counts
 from .base import Backbone
 from .dry_run import DryRun
 from .insertion import site_maps
+from .pixels import set_scale
 from .sites import stages
 
 # %% ../../nbs/networks/13_over_frames.ipynb #84565963
@@ -86,7 +87,8 @@ def over_frames(network: nn.Module, image=(3, 224, 224), frames: int = 8,
     frames: T of the clips that the result is meant for; it takes any.
     sites: names of its modules whose maps a cell may see; None: the end of each stage. Behind
         `over_frames` their names are "net.NAME.clip".
-    Returns: the network; its `default_sites` are the deep ones.
+    Returns: the network; its `default_sites` are the deep ones. It carries the scale of pixels that
+        timm says of the image network; for another one, see `attnnas.networks.pixels.set_scale`.
     Raises: AttnnasError for a network that does not take the image, that gives something else than
         (N, classes), and for a site that gives no feature map.
     """
@@ -100,7 +102,11 @@ def over_frames(network: nn.Module, image=(3, 224, 224), frames: int = 8,
     chosen = {name: choose(name, {site: found.channel_axis for site, found in axes.items()},
                            "site of the image network") for name in sites}
     deep = [name for name in sites if axes[name].shape[-1] * DEEP <= image[-1]]
-    return OverFrames(network, image[0], (frames, *image[1:]), chosen, deep or sites[-1:])
+    made = OverFrames(network, image[0], (frames, *image[1:]), chosen, deep or sites[-1:])
+    published = getattr(network, "pretrained_cfg", None) or {}  # timm's
+    if len(published.get("mean") or ()) == image[0]:
+        set_scale(made, published["mean"], published["std"])
+    return made
 
 
 def _check_scores(network: nn.Module, example):

@@ -8,7 +8,6 @@ __all__ = ['PATHS', 'I3D_NAMES', 'MVIT_NAMES', 'ZOO', 'PRETRAINED', 'TIMM', 'pyt
 
 # %% ../../nbs/networks/10_pretrained.ipynb #72f76e7f
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -16,7 +15,9 @@ import torch
 from torch import nn
 
 from ..core.errors import AttnnasError
+from ..data.clips import MEAN, STD
 from .frames import FrameNetwork, TwoStream, image_name
+from .pixels import set_scale
 from .resnet import STAGES
 from .weights import (LoadReport, bare_network, fetch, load_weights, read_weights,
                                       renamed_parts, torchvision_s3d)
@@ -135,8 +136,8 @@ class Published:
     layout: Callable
     options: dict = field(default_factory=dict)
     clip: str = ""
-    mean: tuple[float, ...] = (.45, .45, .45)
-    std: tuple[float, ...] = (.225, .225, .225)
+    mean: tuple[float, ...] = (MEAN,) * 3
+    std: tuple[float, ...] = (STD,) * 3
     licence: str = "Apache-2.0"
 
 # %% ../../nbs/networks/10_pretrained.ipynb #4718afac
@@ -180,13 +181,13 @@ def published_options(name: str, options: Mapping) -> dict:
     return dict(options) | published.options
 
 # %% ../../nbs/networks/10_pretrained.ipynb #e2bd389f
-def _timm_state(backbone: str, channels: int, weights) -> dict[str, torch.Tensor]:
-    "The state of timm's image network with its published weights, or those of a file."
+def _of_timm(backbone: str, channels: int, weights) -> nn.Module:
+    "timm's image network with its published weights, or those of a file."
     import timm
     overlay = None if weights is True else {"state_dict": read_weights(weights)}
     try:
-        net = timm.create_model(backbone, pretrained=True, num_classes=0, in_chans=channels,
-                                pretrained_cfg_overlay=overlay)
+        return timm.create_model(backbone, pretrained=True, num_classes=0, in_chans=channels,
+                                 pretrained_cfg_overlay=overlay)
     except Exception as error:  # of any of the libraries that fetch and load
         told = str(error).strip().partition("\n")[0]
         if overlay:
@@ -196,7 +197,6 @@ def _timm_state(backbone: str, channels: int, weights) -> dict[str, torch.Tensor
         raise AttnnasError(f"Could not fetch the weights of {backbone} from "
                            f"{hub or (config and config.url) or 'timm'}: {told}. Download them on "
                            "a machine with a network and give pretrained=\"file\".") from None
-    return net.state_dict()
 
 
 def _load_images(model: nn.Module, weights) -> LoadReport:
@@ -204,11 +204,23 @@ def _load_images(model: nn.Module, weights) -> LoadReport:
     streams = {"": model}
     if isinstance(model, TwoStream): streams = {"rgb.": model.rgb, "flow.": model.flow}
     found = {}
+    scale = {"mean": [], "std": []}
     for prefix, net in streams.items():
-        state = _timm_state(net.backbone, net.in_channels * net.stack, weights)
+        theirs = _of_timm(net.backbone, net.in_channels * net.stack, weights)
+        _add_scale(scale, net, theirs)
+        state = theirs.state_dict()
         names = {name: image_name(name) for name in net.state_dict() if name.startswith("trunk.")}
         found |= {prefix + name: state[theirs] for name, theirs in names.items() if theirs in state}
-    return load_weights(model, found, strict=False)
+    report = load_weights(model, found, strict=False)
+    set_scale(model, **scale)
+    return report
+
+
+def _add_scale(scale: dict, net: nn.Module, theirs: nn.Module):
+    "Add the scale of a stream's channels: timm's of colours, the usual one of flow."
+    for name, usual in {"mean": MEAN, "std": STD}.items():
+        said = theirs.pretrained_cfg[name]
+        scale[name] += said if len(said) == net.in_channels else [usual] * net.in_channels
 
 # %% ../../nbs/networks/10_pretrained.ipynb #512f6b7a
 def load_pretrained(model: nn.Module, name: str, weights=True) -> LoadReport:
@@ -217,8 +229,8 @@ def load_pretrained(model: nn.Module, name: str, weights=True) -> LoadReport:
     model: the model, made with `published_options`.
     name: by which `create_model` makes it.
     weights: True fetches the published file; else a file of that layout.
-    Returns: what was loaded and what was not. A classifier of other classes stays as it was. A
-        warning tells where the weights expect pixels on another scale than `to_float` gives.
+    Returns: what was loaded and what was not. A classifier of other classes stays as it was. The
+        network carries the scale of the pixels that the weights learnt from, see `to_input`.
     Raises: AttnnasError, with nothing loaded, for a model without published weights, without a
         network, and for a file that does not fit or belongs to another layout.
     """
@@ -233,14 +245,5 @@ def load_pretrained(model: nn.Module, name: str, weights=True) -> LoadReport:
         told = str(error).replace("this state dict", str(path))
         raise AttnnasError(f"{told} The published layout of {name!r} is that of "
                            f"{published.url}.") from None
-    _tell_scaling(name, published)
+    set_scale(model, published.mean, published.std)
     return report
-
-
-def _tell_scaling(name: str, published: Published):
-    "Warn where the weights expect pixels on another scale than `to_float` gives."
-    if (published.mean, published.std) == (Published.mean, Published.std): return
-    warnings.warn(f"The published weights of {name!r} learnt from pixels of mean {published.mean} "
-                  f"and scale {published.std}; clips of bytes are given to it with "
-                  f"{Published.mean} and {Published.std}. Give floating-point clips that are "
-                  "scaled so, which stay as they are, or train it on.", stacklevel=3)

@@ -23,8 +23,9 @@ from ..core.errors import AttnnasError
 from ..core.files import read_json, write_atomic, write_json
 from .insertion import _put, inserted
 from .non_local import NonLocalBlock
+from .pixels import pixel_scale, scale_of
 from .registry import create_model
-from .weights import bare_network, _some
+from .weights import bare_network, scale_header, _some
 
 # %% ../../nbs/networks/13_saved.ipynb #9da8a58d
 def describe_inserted(module: nn.Module) -> dict:
@@ -186,10 +187,11 @@ def _config(network: nn.Module, classes, preprocessing, made_from) -> dict:
     classes = given(classes, "classes")
     if classes is not None: classes = list(classes)
     _check_classes(classes, recipe)
+    preprocessing = scale_of(network) | (given(preprocessing, "preprocessing") or {})
     return {"library_name": "attnnas", "schema_version": SCHEMA_VERSION,
             "library_version": attnnas.__version__, "network": recipe,
             "class_name": type(network).__name__, "inserted": _sites(network), "classes": classes,
-            "preprocessing": _plain(given(preprocessing, "preprocessing"), "preprocessing"),
+            "preprocessing": _plain(preprocessing or None, "preprocessing"),
             "made_from": _plain(given(made_from, "made_from"), "made_from")}
 
 # %% ../../nbs/networks/13_saved.ipynb #bdd10673
@@ -230,7 +232,7 @@ def save(model: nn.Module, folder, *, classes=None, preprocessing: dict | None =
     folder: where to write; made where it is missing.
     classes: names of the classes, in the order of the scores; default: `model.classes`.
     preprocessing: how a test clip is cut, fields of `attnnas.data.cutting.ClipConfig`; default:
-        `model.preprocessing`.
+        `model.preprocessing`. The network's scale of pixels is kept in any case.
     made_from: how it was made; default: `model.made_from`.
     Returns: the folder.
     Raises: AttnnasError, with nothing written, for what a file cannot hold; and where the folder
@@ -243,7 +245,8 @@ def save(model: nn.Module, folder, *, classes=None, preprocessing: dict | None =
     config["weights"] = _hash(tensors)
     if folder.exists() and not folder.is_dir():
         raise AttnnasError(f"{folder} is a file. Give the name of a folder.")
-    header = same | {"format": "pt", "attnnas": json.dumps(config)}
+    scale = pixel_scale(config["preprocessing"])
+    header = same | scale_header(scale) | {"format": "pt", "attnnas": json.dumps(config)}
     write_atomic(folder / WEIGHTS, safetensors.torch.save(tensors, metadata=header))
     card = folder / CARD
     if not card.exists() or _OURS in card.read_text("utf-8", "replace"):

@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['PARALLEL', 'WRAPPERS', 'TORCHVISION_S3D', 'MODES', 'BLOCKS', 'GOOGLENET', 'RESNET', 'IMAGENET', 'read_weights',
-           'bare_network', 'save_weights', 'LoadReport', 'class_layers', 'load_weights', 'renamed_parts',
-           'torchvision_s3d', 'inflate_kernel', 'inflate', 'imagenet_weights', 'fetch']
+           'bare_network', 'save_weights', 'scale_header', 'LoadReport', 'class_layers', 'load_weights',
+           'renamed_parts', 'torchvision_s3d', 'inflate_kernel', 'inflate', 'imagenet_weights', 'fetch']
 
 # %% ../../nbs/networks/09_weights.ipynb #d8d6b6b6
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import nn
 
 from .inception import FULL, InceptionVideo
+from .pixels import scale_of, set_scale
 from ..core.errors import AttnnasError, choose
 from ..core.files import write_atomic
 
@@ -127,7 +130,7 @@ def bare_network(model: nn.Module) -> nn.Module:
 
 # %% ../../nbs/networks/09_weights.ipynb #ea64ae2a
 def save_weights(model: nn.Module, path):
-    """Write a network's state dict as safetensors, atomically.
+    """Write a network's state dict as safetensors, atomically, with its scale of pixels.
 
     model: the network; names are those that it has outside wrappers.
     path: the file.
@@ -135,7 +138,26 @@ def save_weights(model: nn.Module, path):
     """
     state = bare_network(model).state_dict()
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
-    write_atomic(path, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    header = {"format": "pt"} | scale_header(scale_of(model))
+    write_atomic(path, safetensors.torch.save(tensors, metadata=header))
+
+
+_PIXELS = "pixels"  # the entry of a header
+
+
+def scale_header(scale: dict) -> dict[str, str]:
+    "Return the entry of a safetensors file that says a scale of pixels; {} for the usual one."
+    return {_PIXELS: json.dumps(scale)} if scale else {}
+
+
+def _scale_in(weights) -> dict:
+    "Return the scale of pixels that a module has, or a safetensors file says; {}: none."
+    if isinstance(weights, nn.Module): return scale_of(weights)
+    if isinstance(weights, Mapping): return {}
+    with open(weights, "rb") as file: head = file.read(9)
+    if head[8:] != b"{": return {}
+    with safetensors.safe_open(weights, framework="pt") as file: header = file.metadata() or {}
+    return json.loads(header.get(_PIXELS, "{}"))
 
 # %% ../../nbs/networks/09_weights.ipynb #638b7189
 @dataclass(frozen=True, repr=False)
@@ -243,7 +265,8 @@ def load_weights(model: nn.Module, weights, rename: Mapping | Callable | None = 
     strict: whether the file must fit; False loads what matches.
     other_classes: whether `model` keeps its layers for the classes (`class_layers`) where the file
         has others or none.
-    Returns: what was loaded and what was not.
+    Returns: what was loaded and what was not. The scale of pixels that the weights learnt from,
+        where a module or a file of ours says one, becomes the network's.
     Raises: AttnnasError, with nothing loaded, where the file cannot be read, does not fit, or where
         nothing matches.
     """
@@ -264,6 +287,8 @@ def load_weights(model: nn.Module, weights, rename: Mapping | Callable | None = 
                            f"{_some(list(names), 2)}; here they are {_some(list(known), 2)}. "
                            "Give rename=.")
     model.load_state_dict(fits, strict=False)
+    scale = _scale_in(weights)
+    if scale: set_scale(model, **scale)
     return report
 
 # %% ../../nbs/networks/09_weights.ipynb #4876fa35

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SearchConfig', 'insert_supergraphs', 'supergraphs', 'connection_parameters', 'connection_snapshot', 'cost_of',
-           'search_loss', 'with_validation', 'search_trainer', 'result_of', 'differentiable', 'class_counts']
+           'search_loss', 'with_validation', 'search_trainer', 'result_of', 'differentiable', 'class_counts',
+           'check_scores']
 
 # %% ../../nbs/search/04_differentiable.ipynb #45058aa2
 import warnings
@@ -26,6 +27,7 @@ from ..cells.supergraph import TALK, ConnectionWeights, Supergraph, level_nodes
 from ..data.datasets import as_clips, check_trainable
 from ..networks.dry_run import DryRun
 from ..networks.insertion import EXAMPLE, insert, inserted, site_shapes
+from ..networks.pathways import SEVERAL, check_one_input
 from ..networks.profile import count_flops
 from ..networks.sites import REFERENCE, propose_sites
 from ..training.evaluation import Diverged
@@ -238,7 +240,7 @@ def differentiable(model: nn.Module, clips, search: SearchConfig = SearchConfig(
     options = with_validation(options, clips)
     shape = _clip_shape(clips)
     example = shape if example is None else example
-    _check_scores(model, example, clips)
+    check_scores(model, example, clips)
     insert_supergraphs(model, search, sites, example)
     forward = _forward_cost(model, example)
     trainer = search_trainer(model, clips, search, training, **options)
@@ -259,10 +261,16 @@ def class_counts(clips, validation=None) -> dict:
             for name, source in sources.items() if source is not None}
 
 
-def _check_scores(model: nn.Module, example, clips):
-    "Raise AttnnasError for a network that does not give a score for each class."
+def check_scores(model: nn.Module, example, clips):
+    """Raise AttnnasError for a network that does not give a score for each class of one clip.
+
+    model: the network; a copy runs.
+    example: as in `site_shapes`.
+    clips: a clip source.
+    """
+    check_one_input(model, example)
     tensors = [part for part in tree_leaves(example) if isinstance(part, torch.Tensor)]
-    dry = DryRun(model, tensors[0].device if tensors else "meta", advice=EXAMPLE)
+    dry = DryRun(model, tensors[0].device if tensors else "meta", advice=f"{EXAMPLE} {SEVERAL}")
     with torch.no_grad(): scores = dry(dry.input(example))
     classes = len(clips.classes)
     is_tensor = isinstance(scores, torch.Tensor)

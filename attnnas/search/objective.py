@@ -19,10 +19,11 @@ from ..data.clips import ClipSource
 from ..data.datasets import as_clips, check_trainable
 from ..networks.insertion import insert
 from ..networks.profile import count_flops
-from ..networks.sites import propose_sites
+from ..networks.sites import REFERENCE, propose_sites
 from ..training.evaluation import evaluate
 from ..training.loop import Trainer, TrainingConfig
 from .cost import training_multiply_adds
+from .differentiable import check_scores
 from .study import describe
 
 # %% ../../nbs/search/11_objective.ipynb #5662d166
@@ -38,7 +39,8 @@ class CellTraining:
         that `propose_sites` proposes, the same for every cell.
     device: where it is trained; it is no part of the identity.
     example: an input of the network, as in `site_shapes`; default: the shape of a clip.
-    Raises: AttnnasError for training clips of one class.
+    Raises: AttnnasError for training clips of one class, for sites that are not there, and for a
+        network that gives something else than a score for each class of one clip.
     """
     backbone: Callable
     clips: ClipSource
@@ -56,11 +58,13 @@ class CellTraining:
             first = clips.batch(torch.zeros(1, dtype=torch.int64))
             known["example"] = tuple(first.shape)
         for name, value in known.items(): object.__setattr__(self, name, value)
+        with torch.random.fork_rng(devices=[]): network = self.backbone(len(clips.classes))
+        check_scores(network, self.example, clips)
         if isinstance(self.sites, str):
             sites = (self.sites,)
-            if self.sites == "auto":
-                sites = propose_sites(self.backbone(len(clips.classes)), self.example).names
+            if self.sites == "auto": sites = propose_sites(network, self.example).names
             object.__setattr__(self, "sites", sites)
+        insert(network, REFERENCE, self.sites, self.example)  # refuses what no cell fits
 
     @property
     def settings(self) -> dict:

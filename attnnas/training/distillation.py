@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core.errors import AttnnasError, choose
-from ..data.clips import to_float
+from ..networks.pixels import to_input
 from .loop import Scored
 
 # %% ../../nbs/training/05_distillation.ipynb #dbf9fe7c
@@ -29,13 +29,14 @@ class Distillation:
     optical flow.
     weight: of the mean squared error, at least 0.
     at: the module whose outputs are compared; default "", the class scores before the softmax.
-    student_input: a function from the same clips to what the student reads.
+    student_input: a function from the same clips to what the student reads; default: the clips on
+        the student's scale of pixels.
     Raises: AttnnasError for a weight out of range, an unknown `at`, and outputs of different
     shapes.
     Source: Stroud et al. 2020; weight 1, other modules, and the mean over all numbers [choice].
     """
     def __init__(self, teacher: nn.Module, teacher_input: Callable, weight: float = 1.0,
-                 at: str = "", student_input: Callable = to_float):
+                 at: str = "", student_input: Callable | None = None):
         fits = 0 <= weight < float("inf")
         if not fits: raise AttnnasError(f"weight = {weight}: expected 0 or more.")
         self.teacher = teacher.requires_grad_(False)
@@ -51,7 +52,9 @@ class Distillation:
         video: uint8 clips (B, C, T, H, W).
         Returns: its scores (B, classes), and the mean squared error between the two outputs.
         """
-        scores, ours = _run(model, self.student_input(video), self.at)
+        read = self.student_input
+        ours = to_input(model, video) if read is None else read(video)
+        scores, ours = _run(model, ours, self.at)
         teacher = self.teacher.to(video.device).eval()
         with torch.no_grad(): _, theirs = _run(teacher, self.teacher_input(video), self.at)
         if ours.shape != theirs.shape:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.errors import AttnnasError
-from ..data.clips import Views, read_views, to_float
+from ..data.clips import Views, read_views
+from ..networks.pixels import to_input
 from .precision import as_scores, autocast
 from .processes import ALONE, OneProcess
 
@@ -78,7 +79,7 @@ def share_losses(clips, processes: OneProcess = ALONE):
 
 def _scores_of(model: nn.Module, batch: Views, device, precision: str) -> ClassScores:
     views = batch.video.shape[1]
-    video = to_float(batch.video.flatten(0, 1).to(device))
+    video = to_input(model, batch.video.flatten(0, 1).to(device))
     with autocast(precision, device): scores = as_scores(model(video))
     if views > 1: scores = scores.unflatten(0, (-1, views)).mean(1)
     return ClassScores(batch.rows, scores.cpu())

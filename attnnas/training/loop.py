@@ -27,8 +27,9 @@ from torch import nn
 from ..core.errors import AttnnasError
 from ..core.options import check, differences, option, to_plain
 from ..core.seeds import generator
-from ..data.clips import read_ahead, to_float
+from ..data.clips import read_ahead
 from ..networks.dry_run import DryRun
+from ..networks.pixels import to_input
 from .averages import Average, Best, best_epoch
 from .checkpoint import load_checkpoint, save_checkpoint
 from .evaluation import Diverged, evaluate, share_losses
@@ -61,7 +62,8 @@ class TrainingConfig:
     ema: float = option(0.0, "decay of a moving average of the weights, which is validated and "
                         "kept, such as 0.999; 0: none", minimum=0, maximum=0.999999, added=True)
     precision: str = option("fp32", "what the network computes in: bf16 and fp16 by autocast, fp16 "
-                            "with a scaled loss", choices=tuple(PRECISIONS), added=True)
+                            "with a scaled loss; a CPU without AVX512-BF16 is faster in fp32",
+                            choices=tuple(PRECISIONS), added=True)
     tf32: str = option("default", "whether a GPU may round float32 factors to 11 bits; default: "
                        "as PyTorch has it", choices=TF32, added=True)
     freeze: tuple = option((), "what does not learn: names of modules; backbone: all but cells "
@@ -226,7 +228,7 @@ def classify(model: nn.Module, video: torch.Tensor, labels: torch.Tensor,
     labels: int64 (B,).
     smoothing: the share of a label that is spread over all classes.
     """
-    scores = as_scores(model(to_float(video)))
+    scores = as_scores(model(to_input(model, video)))
     return Scored(scores, F.cross_entropy(scores, labels, label_smoothing=smoothing))
 
 # %% ../../nbs/training/04_loop.ipynb #8f5e325a
@@ -327,8 +329,11 @@ def parts_of(model: nn.Module, config: TrainingConfig,
     return parts
 
 # %% ../../nbs/training/04_loop.ipynb #8c9f81f9
-def _check_recipe(config: TrainingConfig, validation, processes: OneProcess):
-    "Raise AttnnasError for options that need what is not there."
+def _check_recipe(model: nn.Module, config: TrainingConfig, validation, processes: OneProcess):
+    "Raise AttnnasError for options that need what is not there, and where nothing learns."
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise AttnnasError(f"No parameter of {type(model).__name__} requires a gradient: there is "
+                           "nothing to train. Call requires_grad_() on what is to learn.")
     watches = [name for name in ("patience", "keep_best") if getattr(config, name)]
     if watches and validation is None:
         raise AttnnasError(f"{watches[0]} looks at validation clips, and there are none. Give "
@@ -368,7 +373,7 @@ class Trainer:
                  checkpoint_seconds: float = 30, own_rates=(), loss: Callable = classify,
                  observe: Callable | None = None, progress: Callable | None = None,
                  processes: OneProcess = ALONE, on_epoch: Callable | None = None):
-        _check_recipe(config, validation, processes)
+        _check_recipe(model, config, validation, processes)
         self.model = model.to(device)
         self.clips = clips
         self.config = config

@@ -29,6 +29,8 @@ from ..data.layout import IMAGES, VIDEOS, files_below
 from ..data.manifest import Manifest, Row
 from ..data.unreadable import Unreadable
 from ..data.video import VideoClips
+from ..networks.dry_run import check_module
+from ..networks.pixels import SCALE, pixel_scale
 from .evaluation import class_scores
 
 # %% ../../nbs/training/08_predict.ipynb #597ce11a
@@ -139,9 +141,10 @@ class _Given:
 # %% ../../nbs/training/08_predict.ipynb #722ed040
 class _Scorer(nn.Module):
     "A network whose clips have its own type, and whose scores are checked."
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, preprocessing=None):
         super().__init__()
         self.network = network
+        self.preprocessing = pixel_scale(preprocessing)
         types = [p.dtype for p in network.parameters() if p.is_floating_point()]
         self.dtype = types[0] if types else torch.float32
 
@@ -162,6 +165,7 @@ def at_work(network: nn.Module, device: str):
     device: as `attnnas.core.devices.pick_device` takes it.
     Yields: the device.
     """
+    check_module(network)
     there = pick_device(device)
     home = next((t.device for t in (*network.parameters(), *network.buffers())), there)
     modes = {module: module.training for module in network.modules()}
@@ -178,14 +182,19 @@ def clip_config(model: nn.Module, preprocessing=None, views: int | None = None,
     """Return how the test clips of a network are cut.
 
     model: the network; its attribute `preprocessing` says it.
-    preprocessing: fields of ClipConfig, or a ClipConfig, instead of the network's own.
+    preprocessing: fields of ClipConfig, or a ClipConfig, instead of the network's own. A scale of
+        pixels among the fields says nothing of the cut.
     views, crops: instead of those of the preprocessing.
     Returns: the configuration; None where nothing is known.
     Raises: AttnnasError for a field that ClipConfig does not have.
     """
     said = getattr(model, "preprocessing", None) if preprocessing is None else preprocessing
     if said is None: return None
-    config = said if isinstance(said, ClipConfig) else from_fields(ClipConfig, dict(said))
+    if isinstance(said, ClipConfig): config = said
+    else:
+        fields = {name: value for name, value in dict(said).items() if name not in SCALE}
+        if not fields: return None
+        config = from_fields(ClipConfig, fields)
     asked = {"views": views, "crops": crops}
     return dataclasses.replace(config, **{k: v for k, v in asked.items() if v is not None})
 
@@ -200,7 +209,7 @@ def find_videos(videos, endings: tuple = VIDEOS) -> list[str]:
     Raises: AttnnasError for a folder without videos, and where nothing is asked for.
     """
     found = []
-    for place in [videos] if isinstance(videos, (str, os.PathLike)) else list(videos):
+    for place in [videos] if isinstance(videos, (str, os.PathLike)) else list(videos or ()):
         if not isinstance(place, (str, os.PathLike)):
             raise AttnnasError(f"A video is a path or a tensor, got {type(place).__name__}. Give a "
                                "path, a list of paths, a folder, or a clip (C, T, H, W).")
@@ -251,7 +260,8 @@ def predict(model: nn.Module, videos, *, views: int | None = None, crops: int | 
     device: where it is computed, as `attnnas.core.devices.pick_device` takes it.
     batch_size: clips at once; views and crops count.
     progress: called with the number of videos that are done, and that of all, after each batch.
-    preprocessing: how clips are cut, fields of ClipConfig; default: `model.preprocessing`.
+    preprocessing: how clips are cut, fields of ClipConfig, and the scale of their pixels, as in
+        `attnnas.networks.pixels.pixel_scale`; default: `model.preprocessing`.
     classes: names of the classes; default: `model.classes`, else numbers.
     Returns: a Prediction a video, in the order asked for.
     Raises: AttnnasError, before a video is read, where it is not known how clips are cut, and for a
@@ -264,7 +274,7 @@ def predict(model: nn.Module, videos, *, views: int | None = None, crops: int | 
     with tempfile.TemporaryDirectory() as flow, at_work(model, device) as there:
         names, clips = _opened(videos, config, flow, told)
         at_once = max(1, batch_size // (config.views * config.crops)) if config else batch_size
-        scored = _scores(_Scorer(model), clips, at_once, there)
+        scored = _scores(_Scorer(model, preprocessing), clips, at_once, there)
     names_of = getattr(model, "classes", None) if classes is None else classes
     made = [_prediction(i, clips, scored.get(i), names_of, top, config) for i in range(len(clips))]
     return _as_asked(names, clips, made)

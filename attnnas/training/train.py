@@ -16,9 +16,12 @@ from ..core.devices import device_name, pick_device, versions
 from ..core.errors import AttnnasError
 from ..core.options import to_plain
 from ..core.seeds import stream_seed
-from ..data.clips import to_float
 from ..data.datasets import as_clips
 from ..data.splits import clips_of
+from ..networks.dry_run import check_module
+from ..networks.pathways import SEVERAL, check_one_input
+from ..networks.pixels import scale_of, to_input
+from ..networks.weights import bare_network
 from .loop import Trainer, TrainingConfig, rate
 from .precision import autocast, tf32_allowed
 from .processes import processes
@@ -74,7 +77,8 @@ def check_network(model: nn.Module, clips, device="cpu", precision: str = "fp32"
     device, precision: as in `autocast`.
     example: what it is tried with, clips (B, C, T, H, W) or their shape; default: the first clip.
     """
-    video = _example(clips, example).to(device)
+    check_one_input(model, example)
+    video = _example(model, clips, example).to(device)
     name = type(model).__name__
     if not torch.isfinite(video).all():
         raise AttnnasError("The first clip has values that are not finite. Look at how the clips "
@@ -86,13 +90,16 @@ def check_network(model: nn.Module, clips, device="cpu", precision: str = "fp32"
     except Exception as error:  # a foreign network raises what it likes
         told = str(error).strip().rstrip(".")
         raise AttnnasError(f"{name} does not take a clip of shape {tuple(video.shape)}: "
-                           f"{told}.") from error
+                           f"{told}. {SEVERAL}") from error
     finally: model.train(training)
     _check_scores(scores, name, len(video), len(clips.classes))
+    if torch.isfinite(scores).all(): return
+    raise AttnnasError(f"{name} gives scores that are not finite for the first clip, in "
+                       f"{precision}. Look at its weights.")
 
 
-def _example(clips, example) -> torch.Tensor:
-    if example is None: return to_float(clips.batch(torch.zeros(1, dtype=torch.int64)))
+def _example(model, clips, example) -> torch.Tensor:
+    if example is None: return to_input(model, clips.batch(torch.zeros(1, dtype=torch.int64)))
     return example if isinstance(example, torch.Tensor) else torch.zeros(tuple(example))
 
 
@@ -116,7 +123,7 @@ def preprocessing_of(clips) -> dict:
 
     clips: a clip source. Its attribute `preprocessing` says it; else it is read off a clip: its
         frames, one after the other [choice], its height where it is a square, and its channels.
-    Returns: fields of `ClipConfig`.
+    Returns: fields of `ClipConfig`, and the scale of pixels where the source says one.
     """
     said = getattr(clips, "preprocessing", None)
     if said is not None: return dict(said)
@@ -174,7 +181,8 @@ def train(model: nn.Module, data, validation=None, *, config: TrainingConfig = T
 
     model: any network from float clips (B, C, T, H, W) to scores (B, classes). It is moved to the
         device, and left there in evaluation mode, with the attributes `classes` (names),
-        `preprocessing` (how a clip is cut) and `made_from` (how it was trained).
+        `preprocessing` (how a clip is cut, and its scale of pixels) and `made_from` (how it was
+        trained).
     data: the training clips: what `as_clips` takes, or the place of videos as `clips_of` takes it.
     validation: the clips that are evaluated after each epoch; default: none, or those of the place.
     config: the options of the training.
@@ -188,6 +196,7 @@ def train(model: nn.Module, data, validation=None, *, config: TrainingConfig = T
     Raises: AttnnasError for clips, a network or options that do not fit, before the first step;
         Interrupted when asked to stop.
     """
+    check_module(model)
     clips, validated = _given(data, validation)
     check_clips(clips)
     if validated is not None: check_clips(validated, "validation", clips.classes)
@@ -195,6 +204,8 @@ def train(model: nn.Module, data, validation=None, *, config: TrainingConfig = T
     shown = watcher(progress)
     together = processes(device)
     where = together.device or pick_device(device)
+    network = bare_network(model)
+    network.preprocessing = scale_of(network) | preprocessing_of(clips)
     check_network(model.to(where), clips, where, config.precision, example)
     if together.rank: shown = Silent()
     history = History()
@@ -215,9 +226,8 @@ def train(model: nn.Module, data, validation=None, *, config: TrainingConfig = T
     _update(history, trainer)
     shown.end(history)
     if trainer.diverged: warnings.warn(f"The training diverged: {trainer.diverged}.", stacklevel=2)
-    model.classes = list(clips.classes)
-    model.preprocessing = preprocessing_of(clips)
-    model.made_from = _made_from(trainer, clips, validated, where)
+    network.classes = list(clips.classes)
+    network.made_from = _made_from(trainer, clips, validated, where)
     model.eval()
     return history
 
