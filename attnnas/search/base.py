@@ -186,7 +186,7 @@ class EpochLog:
     epochs: one dictionary an epoch with the metrics of the training; its "connections" are
         {site: {"level" (m-1, n, n), "sink" (m, n), "activation" (m, n, 4) or None}}, nested lists
         of the weights as they were applied at the end of the epoch.
-    nodes: the names of a level's n nodes; default: the six of the talk.
+    nodes: the names of a level's n nodes, as `node_names` gives them; default: the six of the talk.
     activations: "fixed" by a node's type, or a "mixture" of all four.
     width: channels d of the derived cells.
     seconds: {"wall", "cpu"} of the training.

@@ -6,20 +6,21 @@
 __all__ = ['operation_costs', 'training_multiply_adds', 'expected_cost']
 
 # %% ../../nbs/search/01_cost.ipynb #316b98d8
+from dataclasses import replace
 from functools import cache
 
 import torch
 
 from ..attention.formula import ACTIVATIONS
 from ..cells.operations.registry import OPERATIONS, create_operation
+from ..cells.spec import OperationSpec
 from ..networks.profile import count_flops
 
 # %% ../../nbs/search/01_cost.ipynb #736c4702
 @cache
-def _multiply_adds(dimension: str, kind: str, activation: str, width: int, clip: tuple) -> float:
-    if activation not in OPERATIONS[kind].activations: return 0.0
-    operation = create_operation(dimension, kind, activation, width)
-    return count_flops(operation, (1, width, *clip)) / 2
+def _multiply_adds(operation: OperationSpec, width: int, clip: tuple) -> float:
+    with torch.device("meta"): module = create_operation(**vars(operation), width=width)
+    return count_flops(module, (1, width, *clip)) / 2
 
 
 def operation_costs(nodes, width: int, clip) -> torch.Tensor:
@@ -31,11 +32,11 @@ def operation_costs(nodes, width: int, clip) -> torch.Tensor:
     Returns: (n, 4), each node with each of the ACTIVATIONS; an activation that a node's type does
         not take costs nothing.
     """
-    def costs(node) -> list[float]:
-        return [_multiply_adds(node.dimension, node.type, activation, width, tuple(clip))
-                for activation in ACTIVATIONS]
+    def cost(node: OperationSpec, activation: str) -> float:
+        if activation not in OPERATIONS[node.type].activations: return 0.0
+        return _multiply_adds(replace(node, activation=activation), width, tuple(clip))
 
-    return torch.tensor([costs(node) for node in nodes])
+    return torch.tensor([[cost(node, name) for name in ACTIVATIONS] for node in nodes])
 
 # %% ../../nbs/search/01_cost.ipynb #d7d416f6
 def training_multiply_adds(forward: int, trained: int, evaluated: int = 0) -> int:

@@ -22,7 +22,8 @@ from ..core.errors import AttnnasError
 from ..core.hashes import source_hash
 from ..core.options import check, option, to_plain
 from ..cells.fused import FusedSupergraph
-from ..cells.supergraph import TALK, ConnectionWeights, Supergraph, level_nodes
+from ..cells.supergraph import (
+    KEYS, TALK, ConnectionWeights, Supergraph, level_nodes, node_names)
 from ..data.datasets import as_clips, check_trainable
 from ..networks.dry_run import DryRun
 from ..networks.insertion import EXAMPLE, insert, inserted, site_shapes
@@ -48,8 +49,9 @@ class SearchConfig:
                                    "as they are", choices=("softmax", "free"))
     activations: str = option("mixture", "a node's activation is fixed by its type, or a learnable "
                               "mixture of all four", choices=("fixed", "mixture"))
-    keys: str = option("all", "dot-products compare with all positions, or with keys and values "
-                       "max-pooled 2x2x2 (cheaper)", choices=("all", "pooled"))
+    keys: str = option("all", "dot-products over places compare with all positions, or with keys "
+                       "and values max-pooled 2x2x2 (cheaper); any: the search chooses",
+                       choices=KEYS)
     cost_weight: float = option(0.0, "weight in the loss of a site's expected multiply-adds, in "
                                 "units of its dearest operation", minimum=0, maximum=1000)
     connection_learning_rate: float = option(2e-2, "peak learning rate of the connection weights",
@@ -59,7 +61,17 @@ class SearchConfig:
     def __post_init__(self):
         object.__setattr__(self, "nodes", tuple(self.nodes))
         check(self)
-        level_nodes(self.nodes, self.activations)
+        self.level
+
+    @property
+    def level(self) -> tuple:
+        "The OperationSpec of each node of a level."
+        return level_nodes(self.nodes, self.activations, self.keys)
+
+    @property
+    def pools_keys(self) -> bool:
+        "Whether the search can find a cell that pools keys."
+        return any(node.pool_keys for node in self.level)
 
 # %% ../../nbs/search/04_differentiable.ipynb #9732e047
 def insert_supergraphs(model: nn.Module, config: SearchConfig, sites=None,
@@ -76,7 +88,7 @@ def insert_supergraphs(model: nn.Module, config: SearchConfig, sites=None,
     """
     if isinstance(sites, str) and sites == "auto":
         sites = propose_sites(model, example, cell=replace(REFERENCE, width=config.width))
-    nodes = level_nodes(config.nodes, config.activations)
+    nodes = config.level
 
     def connections() -> ConnectionWeights:
         return ConnectionWeights(config.levels, len(nodes), config.parameterisation,
@@ -87,7 +99,7 @@ def insert_supergraphs(model: nn.Module, config: SearchConfig, sites=None,
     def supergraph(channels: int) -> FusedSupergraph:
         return FusedSupergraph(channels, config.width, config.levels, operations=nodes,
                                connections=shared or connections(),
-                               activations=config.activations, pool_keys=config.keys == "pooled")
+                               activations=config.activations)
 
     return insert(model, supergraph, sites, example)
 
@@ -209,8 +221,8 @@ def result_of(search: SearchConfig, epochs, seed: int, seconds: dict, multiply_a
     seed, provenance: as SearchResult has them.
     seconds, multiply_adds: as EpochLog has them.
     """
-    log = EpochLog(tuple(epochs), search.nodes, search.activations, search.width, seconds,
-                   multiply_adds)
+    nodes = node_names(search.level)
+    log = EpochLog(tuple(epochs), nodes, search.activations, search.width, seconds, multiply_adds)
     return SearchResult(search.method, to_plain(search), seed, log, provenance)
 
 # %% ../../nbs/search/04_differentiable.ipynb #f8c1b914

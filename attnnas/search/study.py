@@ -33,6 +33,8 @@ from ..core.hashes import canonical_json, content_hash, source_hash
 from ..core.options import check, check_counts, differences, option
 from ..core.seeds import stream_seed
 from ..core.system import lock_file
+from ..attention.formula import ACTIVATIONS
+from ..cells.operations.base import TYPES
 from ..cells.space import FIXED, SearchSpace
 from ..training.loop import Interrupted
 from ..training.watch import Trials
@@ -416,15 +418,22 @@ class BlackBoxConfig:
     width: int = option(64, "channels d inside the cells", minimum=1, maximum=2**16)
     activations: str = option("any", "a black-box search chooses any activation, or each type's "
                               "default", choices=("any", "fixed"), added=True)
+    keys: str = option("all", "dot-products compare with all positions; any: the search chooses "
+                       "whether their keys are pooled", choices=("all", "any"), added=True)
 
     def __post_init__(self): check(self)
 
     @property
     def space(self) -> SearchSpace:
         "The space that is searched."
-        if self.activations == "fixed":
-            return SearchSpace(self.operations, self.width, activations=(FIXED,))
-        return SearchSpace(self.operations, self.width)
+        types = TYPES if self.keys == "all" else (*TYPES, "pooled dot-product")
+        activations = (FIXED,) if self.activations == "fixed" else ACTIVATIONS
+        return SearchSpace(self.operations, self.width, types=types, activations=activations)
+
+    @property
+    def pools_keys(self) -> bool:
+        "Whether the search can find a cell that pools keys."
+        return self.keys != "all"
 
     @property
     def settings(self) -> dict:
