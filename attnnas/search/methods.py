@@ -113,7 +113,8 @@ def black_box(config: BlackBoxConfig, backbone: Callable, clips: ClipSource,
         network = backbone(len(clips.classes))
         budget = search_budget(config, network, objective.sites, objective.example)
     search = METHODS[config.method].search
+    options = config.settings | ({"budget": budget} if budget else {})
     found = search(config.space, objective, config.trials, seed, journal, show=False,
-                   progress=progress, callbacks=callbacks, budget=budget, **config.settings)
+                   progress=progress, callbacks=callbacks, **options)
     counts = class_counts(objective.clips, objective.validation)
     return replace(found, provenance=found.provenance | {"counts": counts})
