@@ -24,6 +24,7 @@ from attnnas.evidence.insertions import DerivedCell, Search
 from attnnas.evidence.run import key_of, run, search_result
 from attnnas.evidence.sources import Generated
 from attnnas.evidence.store import Store
+from attnnas.evidence.tables.state_of_the_art import count
 from attnnas.networks.insertion import insert
 from attnnas.networks.profile import count_flops
 from attnnas.networks.registry import create_model
@@ -519,3 +520,18 @@ def test_a_budget_of_a_named_network_is_kept_there(store):
     shape = network.example_shape
     plain = count_flops(network, shape)
     assert (count_flops(insert(network, next(iter(cells.values()))), shape) - plain) // 2 <= budget.most
+
+
+def test_table_5_counts_pooled_keys_and_a_found_cell_fits_what_its_row_prints():
+    "The talk's cells add 96 GFLOPs to I3D-R50; a cell that compares all positions of res3 adds thousands."
+    whole = CellSpec(WHOLE, ((0,), (1,), (2,)))
+    pooled = CellSpec(POOLED, ((0,), (1,), (2,)))
+    counted = {cell: count("I3D-R50+Cell", 600, cell)["multiply_adds"] for cell in (whole, pooled)}
+    budget = named_budget("48e9", "i3d_r50")
+    for cell, found in counted.items(): assert found - budget.whole == budget.cost(cell)
+    assert budget.cost(whole) > 3 * budget.cost(pooled) > 3 * budget.most
+    nodes = level_nodes(activations="mixture", keys="any")
+    for seed in range(3):
+        torch.manual_seed(seed)
+        found = derive_within({"site": weights_of(2, len(nodes), True)}, nodes, budget)["site"].cell
+        assert count("I3D-R50+Cell", 600, found)["multiply_adds"] - budget.whole <= 48e9 and len(found.outputs) > 1

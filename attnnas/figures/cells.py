@@ -133,7 +133,7 @@ def _boxes(cell: CellSpec) -> list:
     "Return (text, colour, style) of the input, of every operation, and of the combination."
     boxes = [("input x\n1×1×1 conv → f0", "0.45", ROUND)]
     for k, op in enumerate(cell.operations, 1):
-        pooled = ", pooled" if op.pool_keys else ""
+        pooled = " pooled" if op.pool_keys else ""
         text = f"f{k}  {op.dimension}{pooled}\n{op.type} {op.activation}"
         boxes.append((text, COLOURS[op.dimension], OPERATIONS[op.type].boxstyle))
     return [*boxes, ("concatenate\n1×1×1 conv, + x", "0.45", ROUND)]
