@@ -26,9 +26,9 @@ from attnnas.core.devices import device_name
 from attnnas.core.seeds import seed_everything
 from attnnas.cells.fused import FusedSupergraph
 from attnnas.networks.insertion import insert
-from attnnas.cells.supergraph import Supergraph
+from attnnas.cells.supergraph import Supergraph, level_nodes
 
-VARIANTS = {"plain": None, "fused": FusedSupergraph, "fused, pooled keys": partial(FusedSupergraph, pool_keys=True),
+VARIANTS = {"plain": None, "fused": FusedSupergraph, "fused, pooled keys": partial(FusedSupergraph, operations=level_nodes(keys="pooled")),
             "literal": Supergraph}
 # Network: clip, batch and supergraph. The small one's is the search's default.
 SETTINGS = {"i3d": ((3, 16, 112, 112), 1, dict(width=64, levels=4, activations="fixed")),

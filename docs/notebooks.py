@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-ATTRIBUTE = r"""(?P<before>(?:src|href)=["'])(?P<target>[^"'\s]+)"""
+ATTRIBUTE = re.compile(r"""(?P<before>(?:src|href)=["'])(?P<target>[^"'\s]+)""")
 LINK = re.compile(r"""(?P<before>\]\(|(?:src|href)=["'])(?P<target>[^)"'\s]+)""")
 
 

@@ -105,7 +105,7 @@ def test_fused_is_literal(activations, training):
         y = graph(x)
         outcomes.append([y, *torch.autograd.grad(y.sin().sum(), [x, *graph.parameters()]), *graph.buffers()])
     for a, b in zip(*outcomes): torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
-    assert FusedSupergraph(10, 8, 3, nodes, activations=activations, pool_keys=True)(x.float()).isfinite().all()
+    assert FusedSupergraph(10, 8, 3, level_nodes(NODES, activations, "pooled"), activations=activations)(x.float()).isfinite().all()
 
 
 @pytest.mark.parametrize("activations", ["fixed", "mixture"])

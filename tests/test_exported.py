@@ -13,7 +13,7 @@ from attnnas.cells.fused import FusedSupergraph
 from attnnas.cells.operations.base import DIMENSIONS
 from attnnas.cells.operations.registry import OPERATIONS, create_operation
 from attnnas.cells.spec import CellSpec, OperationSpec
-from attnnas.cells.supergraph import Supergraph
+from attnnas.cells.supergraph import Supergraph, level_nodes
 from attnnas.core.errors import AttnnasError
 from attnnas.networks import export as exporting
 from attnnas.networks.export import TOLERANCE, export, exported_metadata
@@ -143,7 +143,7 @@ def test_attention_over_more_positions_than_are_kept_at_once(activation, tmp_pat
 
 BLOCKS = {"non-local": NonLocalBlock, "pooled": lambda c: NonLocalBlock(c, pool_keys=True), "cbam": CBAM,
           "supergraph": lambda c: Supergraph(c, 4, 2), "fused": lambda c: FusedSupergraph(c, 4, 2),
-          "fused mixture": lambda c: FusedSupergraph(c, 4, 2, activations="mixture", pool_keys=True)}
+          "fused mixture": lambda c: FusedSupergraph(c, 4, 2, level_nodes(keys="pooled"), activations="mixture")}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name == "supergraph" else name for name in BLOCKS])

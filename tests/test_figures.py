@@ -43,7 +43,7 @@ def style_and_figures():
 
 # Cells
 
-OPERATION = OperationSpec("spatiotemporal", "dot-product", "softmax")     # the longest text
+OPERATION = OperationSpec("spatiotemporal", "dot-product", "softmax", pool_keys=True)  # the longest text
 CELLS = {"one": CellSpec((OPERATION,), ((0,),)),
          "wide": CellSpec((OPERATION,) * 12, ((0,),) * 12),
          "chain": CellSpec((OPERATION,) * 12, tuple((k,) for k in range(12)), (12,)),

@@ -212,7 +212,7 @@ def test_a_configuration_has_the_options_of_its_method_and_no_others(values):
 @pytest.mark.parametrize("values, told", [
     ({"method": "evolutoin"}, "Did you mean 'evolution'"), ({"method": "evolution", "populaton": 3}, "Did you mean 'population'"),
     ({"method": "bandit", "tournament": 3}, "'tournament' is an option of evolution, not of bandit"),
-    ({"trials": 3}, "'trials' is an option of random, evolution, bandit, not of differentiable"),
+    ({"trials": 3}, "'trials' is an option of random, evolution, bandit, pareto, not of differentiable"),
     ({"method": "random", "levels": 3}, "'levels' is an option of differentiable, not of random"),
     ({"method": "random", "trials": 0}, "trials = 0")])
 def test_a_configuration_with_options_of_another_method_is_refused(values, told):
@@ -242,7 +242,7 @@ def test_a_black_box_search_of_a_backbone_stops_and_continues(training, tmp_path
 
 
 def test_a_black_box_search_takes_the_options_of_one(training):
-    with pytest.raises(AttnnasError, match="random, evolution, bandit; got SearchConfig"):
+    with pytest.raises(AttnnasError, match="random, evolution, bandit, pareto; got SearchConfig"):
         black_box(SearchConfig(), training.backbone, training.clips, training.validation)
 
 

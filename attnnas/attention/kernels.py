@@ -187,7 +187,6 @@ def _product(buffer, a, b):
     "Return a @ b^T, in the buffer."
     return torch.mm(a, b.t(), out=buffer[:len(a) * len(b)].view(len(a), len(b)))
 
-
 # %% ../../nbs/attention/02_kernels.ipynb #282e6b3b
 class _Tiled(torch.autograd.Function):
     "Attend (B, Q, R), (B, P, R), (B, P, V) -> (B, Q, V)."
@@ -261,12 +260,14 @@ class _Mixed(torch.autograd.Function):
         keys = key.shape[1]
         none, relu, softmax, sigmoid = mixture.unbind()
         y = query.new_empty(*query.shape[:2], value.shape[2])
-        for q, k, v, out in zip(query * scale, key, value / keys, y):
+        tensors = (query * scale, key, value / keys, y)
+        for clips in _clips(query, key):
+            q, k, v, out = (tensor[clips] for tensor in tensors)
             for i in _rows(q, k):
-                s = q[i] @ k.t()
+                s = q[..., i, :] @ k.mT
                 weights = s.softmax(-1).mul_(softmax * keys).addcmul_(s.sigmoid(), sigmoid)
                 weights.addcmul_(s, none).addcmul_(s.relu_(), relu)
-                torch.mm(weights, v, out=out[i])
+                torch.matmul(weights, v, out=out[..., i, :])
         return y
 
     @staticmethod
@@ -276,15 +277,23 @@ class _Mixed(torch.autograd.Function):
         query, key, value, mixture = ctx.saved_tensors
         totals = [t.new_zeros(t.shape) for t in (query, key, value, mixture)]
         parts = mixture.unbind()
-        clips = zip(query * ctx.scale, key, value, gradient / key.shape[1], *totals[:3])
-        for q, k, v, g, dq, dk, dv in clips:
+        tensors = (query * ctx.scale, key, value, gradient / key.shape[1], *totals[:3])
+        for clips in _clips(query, key):
+            q, k, v, g, dq, dk, dv = (tensor[clips] for tensor in tensors)
             for i in _rows(q, k):
-                weights, ds = _mixed_slopes(q[i] @ k.t(), g[i] @ v.t(), parts, totals[3])
-                dv.addmm_(weights.t(), g[i])
-                dk.addmm_(ds.t(), q[i])
-                dq[i].addmm_(ds, k)
+                some = q[..., i, :]
+                gi = g[..., i, :]
+                weights, ds = _mixed_slopes(some @ k.mT, gi @ v.mT, parts, totals[3])
+                _add_product(dv, weights.mT, gi)
+                _add_product(dk, ds.mT, some)
+                _add_product(dq[..., i, :], ds, k)
         totals[0].mul_(ctx.scale)
         return *totals, None
+
+
+def _add_product(total, a, b):
+    "Add a @ b to `total`, in place; all have two axes, or three."
+    return total.addmm_(a, b) if total.ndim == 2 else total.baddbmm_(a, b)
 
 # %% ../../nbs/attention/02_kernels.ipynb #f25fa472
 def _mixed_slopes(s, dw, mixture, total):
@@ -318,10 +327,30 @@ def _mixed_slopes(s, dw, mixture, total):
     return weights, ds.sub_(soft.mul_(common))
 
 
+def _scores(device) -> int:
+    "Return how many scores of a mixture are made at a time."
+    tile = _tile(device) ** 2
+    if device.type != "cuda": return tile
+    # Eight tensors of so many float32 live at once in the backward pass.
+    return max(tile, torch.cuda.get_device_properties(device).total_memory // (16 * 8 * 4))
+
+
 def _rows(query, key):
-    "Return the slices of queries that are taken at a time."
-    rows = max(ROWS, _tile(query.device) ** 2 // len(key))
-    return [slice(i, i + rows) for i in range(0, len(query), rows)]
+    "Return the slices of queries (..., Q, R) that are taken at a time for keys (..., P, R)."
+    rows = max(ROWS, _scores(query.device) // key.shape[-2])
+    return [slice(i, i + rows) for i in range(0, query.shape[-2], rows)]
+
+
+def _clips(query, key) -> list:
+    """Return the clips that are taken at a time: a number each on a CPU, else slices.
+
+    query, key: (B, Q, R) and (B, P, R).
+    """
+    clips, queries, _ = query.shape
+    if query.device.type == "cpu": return list(range(clips))
+    rows = min(queries, max(ROWS, _scores(query.device) // key.shape[1]))
+    count = max(1, _scores(query.device) // (rows * key.shape[1]))
+    return [slice(c, c + count) for c in range(0, clips, count)]
 
 
 @in_full_precision(3)
@@ -329,7 +358,8 @@ def mixed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mixture: 
           scale: float) -> torch.Tensor:
     """Compute attention with a mixture of all four activations, some rows at a time.
 
-    It is once differentiable.
+    It is once differentiable. On a CPU clips are computed one after another, elsewhere together,
+    on a GPU as far as a sixteenth of its memory allows.
 
     query: (..., Q, R), Q queries of R features.
     key: (..., P, R), P keys.

@@ -69,7 +69,7 @@ class AttentionCell(nn.Module):
         self.spec = spec
         self.stem = Pointwise(channels, width, bias=not normalise, **factory)
         self.operations = nn.ModuleList(
-            create_operation(op.dimension, op.type, op.activation, width, **factory)
+            create_operation(**vars(op), width=width, **factory)
             for op in spec.operations)
         self.input_weights = nn.ParameterList(
             torch.full((len(read),), 1 / len(read), **factory) for read in spec.inputs)

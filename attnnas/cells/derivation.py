@@ -159,8 +159,8 @@ def random_cell(seed, levels: int = 4, nodes=None, alpha: int = 3, beta: int = 2
 def carry_over(supergraph: Supergraph, derivation: Derivation) -> AttentionCell:
     """Build the derived cell with the supergraph's weights.
 
-    The cell equals the supergraph where every connection that was left out is zero. Its keys are
-    whole: pooled keys of a fused supergraph are not carried over.
+    The cell equals the supergraph where every connection that was left out is zero. Where a node
+    pools its keys, so does its operation in the cell.
 
     supergraph: the trained supergraph.
     derivation: of its connection weights; its cell must have the supergraph's width.

@@ -68,14 +68,13 @@ def standardise_together(f: torch.Tensor, norms, clip) -> torch.Tensor:
     return f
 
 # %% ../../nbs/cells/06_fused.ipynb #826e50eb
-def run_level(operations, members, f_in, clip, pool_keys: bool = False) -> torch.Tensor:
+def run_level(operations, members, f_in, clip) -> torch.Tensor:
     """Run one level's operations, before they are standardised.
 
     operations: the level's modules.
     members: type -> numbers of the nodes of that type.
     f_in: what `project` takes, for each of these types.
     clip: (B, T, H, W).
-    pool_keys: as in FusedSupergraph.
     Returns: (tokens, nodes * d).
     """
     out = [None] * len(operations)
@@ -83,8 +82,7 @@ def run_level(operations, members, f_in, clip, pool_keys: bool = False) -> torch
         names = OPERATIONS[kind].projections
         layers = [getattr(operations[j], name) for j in numbers for name in names]
         made = project(f, layers, len(numbers))
-        for j, y in zip(numbers, made):
-            out[j] = operations[j].finish(y.unflatten(0, clip), pool_keys)
+        for j, y in zip(numbers, made): out[j] = operations[j].finish(y.unflatten(0, clip))
     return torch.stack(out, -2).flatten(-2).flatten(0, -2)
 
 # %% ../../nbs/cells/06_fused.ipynb #9c929541
@@ -111,18 +109,15 @@ class FusedSupergraph(Supergraph):
 
     Arguments, parameters, state and function are those of Supergraph (tests hold it to that).
 
-    pool_keys: max-pool the keys and values of spatial and spatiotemporal pairwise operations, an
-        approximation [choice].
     Raises: AttnnasError as Supergraph.
     Source: talk ("Supergraph and Connection Weights").
     """
-    def __init__(self, *args, pool_keys: bool = False, **options):
+    def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.members = {}
         for kind in OPERATIONS:
             numbers = [j for j, node in enumerate(self.nodes) if node.type == kind]
             if numbers: self.members[kind] = numbers
-        self.pool_keys = pool_keys
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_features(x, self.channels)
@@ -140,7 +135,7 @@ class FusedSupergraph(Supergraph):
                 features = f_out[-1].unflatten(1, (n, -1))
                 weights = level_weights[i - 1].to(features.dtype)
                 f_in = torch.tensordot(weights, features, ([1], [1])).split(counts)
-            f = run_level(operations, self.members, f_in, clip, self.pool_keys)
+            f = run_level(operations, self.members, f_in, clip)
             norms = self.norms[1 + i * n:1 + (i + 1) * n]
             f_out.append(standardise_together(f, norms, clip))
         y = run_sink(f_out, self.combine.weight, self.connections.sink_weights())

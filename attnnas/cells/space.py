@@ -16,7 +16,7 @@ from ..core.hashes import content_hash
 from ..attention.formula import ACTIVATIONS
 from .operations.base import DIMENSIONS, TYPES
 from .operations.registry import OPERATIONS
-from .spec import CellSpec, OperationSpec
+from .spec import CellSpec, OperationSpec, all_kinds, of_kind
 
 # %% ../../nbs/cells/02_space.ipynb #a66fafe1
 def _subset(value: int) -> tuple[int, ...]:
@@ -51,8 +51,9 @@ class SearchSpace:
     operations: K, the number of operations in every cell.
     width: channels d inside every cell.
     dimensions, types, activations: the names to choose from; default: all of the talk's. They are
-        kept in the order in which they are registered. A type that is not the talk's is in a space
-        only where it is named. With activations = (FIXED,) each type has its default one.
+        kept in the order in which they are registered. A type that is not the talk's, or one with
+        pooled keys, such as "pooled dot-product", is in a space only where it is named. With
+        activations = (FIXED,) each type has its default one.
     chain: whether each operation reads the one before it alone, and the last one is the output, as
         in cells that are derived with alpha = beta = 1.
     Raises: AttnnasError for no operations, unknown or repeated names, and a width that is none.
@@ -70,7 +71,8 @@ class SearchSpace:
 
     def names_of(self, operation: OperationSpec) -> dict[str, str]:
         "Return the operation's names as the space has them; a fixed activation is `FIXED`."
-        names = {name: getattr(operation, name) for name in self.names}
+        names = {"dimension": operation.dimension, "type": operation.kind,
+                 "activation": operation.activation}
         is_default = operation.activation == OPERATIONS[operation.type].default_activation
         if self.activations == (FIXED,) and is_default: names["activation"] = FIXED
         return names
@@ -187,7 +189,7 @@ def _check_space(space: SearchSpace):
             raise AttnnasError(f"A search space's {name} must be a whole number, "
                                f"at least one {unit}; got {value!r}.")
     known_activations = (FIXED,) if FIXED in space.activations else ACTIVATIONS
-    choices = {"dimensions": DIMENSIONS, "types": tuple(OPERATIONS),
+    choices = {"dimensions": DIMENSIONS, "types": all_kinds(),
                "activations": known_activations}
     for name, known in choices.items():
         given = getattr(space, name)
@@ -204,8 +206,7 @@ def _check_space(space: SearchSpace):
 
 
 def _operation(dimension: str, type: str, activation: str) -> OperationSpec:
-    if activation == FIXED: activation = OPERATIONS[type].default_activation
-    return OperationSpec(dimension, type, activation)
+    return of_kind(dimension, type, None if activation == FIXED else activation)
 
 
 def _whole(value, count: int, what: str) -> int:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..cells.spec import CellSpec
 from .options import (
     add_execution, add_fields, add_settings, given_settings, runs_from_options)
-from ..core.errors import AttnnasError
+from ..core.errors import AttnnasError, choose
 from ..core.files import write_atomic
 from ..evidence.config import RunConfig
 from ..evidence.executor import execute
@@ -25,6 +25,8 @@ from ..evidence.run import key_of, search_result
 from ..evidence.settings import settings_text, without_effect
 from ..evidence.store import RunRecord, Store
 from ..networks.profile import count_flops
+from ..networks.registry import list_models
+from ..search.budget import Budget, named_budget
 from ..search.verdict import verdict
 from ..training.watch import Epoch, Tried, Trials, columns_of, epoch_of, heading, line_of
 
@@ -48,6 +50,9 @@ def add_commands(add):
             parser.add_argument("--output", default="cell.json", help="genotype file to write; of "
                                 "several seeds, each one's number is put into the name "
                                 "(default: %(default)s)")
+            parser.add_argument("--cost-in", nargs="+", default=[], metavar="NETWORK",
+                                help="other networks in which the cost of the cell is told, at "
+                                "their default sites; attnnas models lists them")
         else:
             kinds = [kind for kind in KINDS if kind != Search.kind]
             parser.add_argument("--insertion", choices=kinds,
@@ -166,13 +171,14 @@ AT_CHANCE = 3  # exit code
 
 
 def _search(args):
+    for name in args.cost_in: choose(name, list_models(), "network of --cost-in")
     records = _make(args, searches=True)
     if records is None: return
     derivation = {name: vars(args)[name] for name in ("alpha", "beta") if name in vars(args)}
     codes = []
     for record in records:
         output = _output(args.output, record.run.seed, len(records) > 1)
-        codes.append(_print_cell(record, derivation, output))
+        codes.append(_print_cell(record, derivation, output, args.cost_in))
     return max(codes)
 
 
@@ -181,12 +187,16 @@ def _output(path: str, seed: int, several: bool) -> Path:
     return path.with_stem(f"{path.stem}-seed{seed}") if several else path
 
 # %% ../../nbs/cli/03_train.ipynb #c4542915
-def _print_cell(record: RunRecord, derivation: dict, output: Path) -> int:
-    "Write the first of the cells; returns the exit code."
-    cells = search_result(record).cells(**derivation)
+def _print_cell(record: RunRecord, derivation: dict, output: Path, networks=()) -> int:
+    "Write the first of the cells, and say what all cost; returns the exit code."
+    found = search_result(record)
+    cells = found.cells(**derivation)
     cell = next(iter(cells.values()))
     cell.save(output)
-    print(f"Cell {cell.hash}: {cell}\n{_cost(record, cells)}\nWritten: {output} (train it with: "
+    costs = [_cost(record, cells), *(_cost_in(name, cells) for name in networks)]
+    if found.log.budget: costs.append(_taken(found.log.budget, cells))
+    costs = "\n".join(costs)
+    print(f"Cell {cell.hash}: {cell}\n{costs}\nWritten: {output} (train it with: "
           f"attnnas train --cell {output})")
     if len(set(cells.values())) > 1:
         print(f"It is the first of {len(cells)}, one a site; attnnas show {record.key} has all.")
@@ -210,6 +220,21 @@ def _cost(record: RunRecord, cells: dict) -> str:
     return (f"In {config.network.backbone}, at {', '.join(sites)}: {all_flops / 1e9:.4g} GFLOPs a "
             f"clip ({all_flops / flops - 1:+.1%}) and {all_parameters:,} parameters "
             f"({all_parameters / parameters - 1:+.1%}).")
+
+
+def _cost_in(name: str, cells: dict) -> str:
+    "Say what cells cost in a network of the registry, at its default sites."
+    there = named_budget("", name)
+    cost = there.cost(cells)
+    return (f"In {name}, at {', '.join(there.sites)}: {2 * (there.whole + cost) / 1e9:.4g} GFLOPs "
+            f"a clip ({cost / there.whole:+.1%}).")
+
+
+def _taken(budget: Budget, cells: dict) -> str:
+    "Say how much of a budget cells take."
+    cost = budget.cost(cells)
+    return (f"Budget: {cost:,} of {budget.most:,} multiply-adds ({cost / max(budget.most, 1):.0%}) "
+            f"at {', '.join(budget.sites)} of {budget.network}.")
 
 # %% ../../nbs/cli/03_train.ipynb #0812fbd4
 def _believe(record: RunRecord, derivation: dict) -> int:

@@ -80,7 +80,8 @@ def ablation_plan(tier: Tier) -> dict:
             for seed in seeds:
                 search = make("search", seed, search=VARIANTS.get(name))
                 runs[data, "search", name, seed] = search
-                runs[data, "derived", name, seed] = make("derived", SEED_OF_CHOICE, source=search)
+                derived = make("derived", SEED_OF_CHOICE, source=search, cell_keys="all")
+                runs[data, "derived", name, seed] = derived
         for alpha, beta in sizes["derivations"] if is_first else []:
             run = make("derived", SEED_OF_CHOICE, source=make("search", 0), alpha=alpha, beta=beta)
             runs[data, "derivation", f"{alpha}, {beta}", 0] = run

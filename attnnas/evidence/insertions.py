@@ -140,23 +140,33 @@ class DerivedCell(Insertion):
 
     Where the search has found a cell for each site, a site of that name gets its own, and any other
     the first one.
+
+    Attribute `cell_keys`, "pooled" or "all": whether operations pool their keys where those of the
+    search did, which is the default, or have all keys.
     """
     kind: ClassVar[str] = "derived"
     search: object = option(None, "the RunConfig of the search")
     alpha: int = option(3, ALPHA, minimum=1, maximum=10**4)
     beta: int = option(2, BETA, minimum=1, maximum=10**4)
     sites: tuple = option((), SITES)
+    cell_keys: str = option(None, "a derived cell pools its keys where the search did, or has all "
+                            "keys; default: as the search", choices=("all", "pooled"))
 
     def __post_init__(self):
-        super().__post_init__()
         kind = getattr(getattr(self.search, "insertion", None), "kind", None)
         if kind != Search.kind:
             raise AttnnasError("A derived cell needs the configuration of its search, a run that "
                                f"inserts a search; got {kind or self.search!r}.")
         # Derivation would refuse these too, but only after the search.
         options = self.search.insertion.search
+        if self.cell_keys is None:
+            object.__setattr__(self, "cell_keys", "pooled" if options.pools_keys else "all")
+        super().__post_init__()
+        if self.cell_keys == "pooled" and not options.pools_keys:
+            raise AttnnasError("The cell cannot pool keys that its search did not pool. Give the "
+                               "search keys = \"pooled\" or \"any\", or leave cell_keys out.")
         if isinstance(options, SearchConfig):
-            nodes = len(options.nodes)
+            nodes = len(options.level)
             check_number("alpha", self.alpha, 1, options.levels * nodes, ALPHA)
             check_number("beta", self.beta, 1, nodes, BETA)
 
@@ -165,13 +175,20 @@ class DerivedCell(Insertion):
 
     def cells(self, model, seed, found=None) -> dict:
         by_site = found.cells(self.alpha, self.beta)
+        if self.cell_keys == "all":
+            by_site = {site: cell.with_all_keys() for site, cell in by_site.items()}
         first = next(iter(by_site.values()))
         return {site: by_site.get(site, first) for site in self.places(model)}
 
-    def to_dict(self) -> dict: return super().to_dict() | {"search": self.search.to_dict()}
+    def to_dict(self) -> dict:
+        values = super().to_dict() | {"search": self.search.to_dict()}
+        # Before there was a choice cells had all keys, and records of them do not say so.
+        if self.cell_keys == "all": del values["cell_keys"]
+        return values
 
     @classmethod
     def from_dict(cls, values, read_run):
+        values = {"cell_keys": "all"} | values
         return from_fields(cls, values | {"search": read_run(values["search"])})
 
 # %% ../../nbs/evidence/02_insertions.ipynb #fc7eaa88

@@ -69,7 +69,7 @@ def _panels(model: nn.Module, x: Tensor) -> list:
     for (site, number), seen in collect(model, x).items():
         weights = attended(seen)
         if weights.numel() < 2: continue  # one number for the whole clip
-        kind = f"{seen.spec.type} {seen.spec.activation}"
+        kind = f"{seen.spec.kind} {seen.spec.activation}"
         found.append(Panel(f"{site}, operation {number}\n{seen.spec}", kind, weights))
     return found or [_gradcam(model, x)]
 

@@ -133,7 +133,8 @@ def _boxes(cell: CellSpec) -> list:
     "Return (text, colour, style) of the input, of every operation, and of the combination."
     boxes = [("input x\n1×1×1 conv → f0", "0.45", ROUND)]
     for k, op in enumerate(cell.operations, 1):
-        text = f"f{k}  {op.dimension}\n{op.type} {op.activation}"
+        pooled = " pooled" if op.pool_keys else ""
+        text = f"f{k}  {op.dimension}{pooled}\n{op.type} {op.activation}"
         boxes.append((text, COLOURS[op.dimension], OPERATIONS[op.type].boxstyle))
     return [*boxes, ("concatenate\n1×1×1 conv, + x", "0.45", ROUND)]
 
@@ -250,7 +251,7 @@ def draw_supergraph(level_weights, sink_weights, nodes, kept=None, ax=None):
         ax.scatter(i, j, area, "white" if weight < 0 else colour,
                    edgecolor="black" if number else colour, linewidth=1.6, zorder=4)
         if number: _write_name(ax, number, (i, j), area)
-    names = [f"{op.dimension}\n{op.type} {op.activation}" for op in nodes]
+    names = [f"{op.dimension}\n{op.kind} {op.activation}" for op in nodes]
     ax.set_xticks(range(len(sink)), [f"level {i}" for i in range(1, len(sink) + 1)])
     ax.set_yticks(range(len(nodes)), names, fontsize=8)
     ax.set(xlim=(-.25, len(sink) - .75), ylim=(len(nodes) - .5, -.65))

@@ -22,6 +22,8 @@ from ..cells.space import SearchSpace
 from ..cells.spec import CellSpec
 from ..cells.supergraph import TALK, level_nodes
 from ..training.evaluation import Diverged
+from .afford import Weights, derive_within
+from .budget import Budget, cheapened, within
 
 # %% ../../nbs/search/02_base.ipynb #d06a670f
 @dataclass(frozen=True)
@@ -104,11 +106,13 @@ class TrialLog:
     objective: what was maximised, as `attnnas.search.study.describe` says it.
     trials: the trials in order.
     sites: the names of the sites that the objective puts the cell at.
+    budget: what every cell that was tried is within; None: there was none.
     """
     space: SearchSpace
     objective: object
     trials: tuple
     sites: tuple = (EVERY_SITE,)
+    budget: Budget | None = None
 
     @property
     def best_trial(self) -> Trial:
@@ -169,14 +173,26 @@ class TrialLog:
     def to_dict(self) -> dict:
         "Return plain values, for JSON."
         trials = [trial.to_dict() for trial in self.trials]
-        return vars(self) | {"space": asdict(self.space), "trials": trials}
+        plain = vars(self) | {"space": asdict(self.space), "trials": trials}
+        return _with_budget(plain, self.budget)
 
     @classmethod
     def from_dict(cls, values: dict) -> "TrialLog":
         "Make the log that `to_dict` wrote. Raises: as `SearchResult.from_dict`."
         space = from_fields(SearchSpace, values["space"])
         trials = tuple(Trial.from_dict(trial) for trial in values["trials"])
-        return from_fields(cls, values | {"space": space, "trials": trials})
+        own = {"space": space, "trials": trials, "budget": _budget_in(values)}
+        return from_fields(cls, values | own)
+
+
+def _with_budget(plain: dict, budget: Budget | None) -> dict:
+    "Return a log's plain values with its budget; logs without one do not mention it."
+    own = {name: value for name, value in plain.items() if name != "budget"}
+    return own | ({"budget": budget.to_dict()} if budget else {})
+
+
+def _budget_in(values: dict) -> Budget | None:
+    return Budget.from_dict(values["budget"]) if values.get("budget") else None
 
 # %% ../../nbs/search/02_base.ipynb #41a9db5f
 @dataclass(frozen=True)
@@ -186,11 +202,12 @@ class EpochLog:
     epochs: one dictionary an epoch with the metrics of the training; its "connections" are
         {site: {"level" (m-1, n, n), "sink" (m, n), "activation" (m, n, 4) or None}}, nested lists
         of the weights as they were applied at the end of the epoch.
-    nodes: the names of a level's n nodes; default: the six of the talk.
+    nodes: the names of a level's n nodes, as `node_names` gives them; default: the six of the talk.
     activations: "fixed" by a node's type, or a "mixture" of all four.
     width: channels d of the derived cells.
     seconds: {"wall", "cpu"} of the training.
     multiply_adds: of the training.
+    budget: what derived cells are within; None: they cost what they cost.
     """
     epochs: tuple
     nodes: tuple = TALK
@@ -198,6 +215,7 @@ class EpochLog:
     width: int = 64
     seconds: dict = field(default_factory=dict)
     multiply_adds: int = 0
+    budget: Budget | None = None
 
     @property
     def sites(self) -> list[str]:
@@ -221,19 +239,39 @@ class EpochLog:
         site: its name; default: the first. All sites have one cell where weights are shared.
         epoch: its number, from 0; default: the last.
         Returns: the Derivation, with the cell and the nodes that were kept.
-        Raises: AttnnasError for an unknown site, and for alpha or beta out of range.
+        Raises: AttnnasError for an unknown site, and for alpha or beta out of range; OverBudget
+            where no cells are within the budget.
         """
         site = choose(site, self.sites, "site") if site else self.sites[0]
-        weights = self.epochs[epoch]["connections"][site]
-        sink = torch.tensor(weights["sink"])
-        levels, nodes = sink.shape
-        level = torch.tensor(weights["level"]).view(levels - 1, nodes, nodes)
-        activation = weights["activation"] and torch.tensor(weights["activation"])
-        return derive(level, sink, self.level, alpha, beta, self.width, activation)
+        return self._derivations(alpha, beta, epoch)[site]
+
+    def _derivations(self, alpha: int, beta: int, epoch: int) -> dict:
+        weights = self._weights(self.epochs[epoch]["connections"])
+        if self.budget:
+            return derive_within(weights, self.level, self.budget, alpha, beta, self.width)
+        return {site: derive(own.level, own.sink, self.level, alpha, beta, self.width,
+                             own.activation) for site, own in weights.items()}
+
+    def _weights(self, connections: dict) -> dict:
+        "Return {site: Weights}; sites with equal weights share one object."
+        made = []
+        found = {}
+        for site, plain in connections.items():
+            known = [weights for other, weights in made if other == plain]
+            if not known:
+                sink = torch.tensor(plain["sink"])
+                levels, nodes = sink.shape
+                level = torch.tensor(plain["level"]).view(levels - 1, nodes, nodes)
+                activation = plain["activation"] and torch.tensor(plain["activation"])
+                known = [Weights(level, sink, activation)]
+                made.append((plain, known[0]))
+            found[site] = known[0]
+        return found
 
     def cells(self, alpha: int = 3, beta: int = 2) -> dict:
         "Return {site: CellSpec}, derived from the last epoch. Raises: as `derive`."
-        return {site: self.derive(alpha, beta, site).cell for site in self.sites}
+        found = self._derivations(alpha, beta, -1)
+        return {site: found[site].cell for site in self.sites}
 
     @property
     def trajectory(self) -> list[dict]:
@@ -251,12 +289,14 @@ class EpochLog:
 
     def to_dict(self) -> dict:
         "Return plain values, for JSON."
-        return vars(self) | {"epochs": list(self.epochs), "nodes": list(self.nodes)}
+        plain = vars(self) | {"epochs": list(self.epochs), "nodes": list(self.nodes)}
+        return _with_budget(plain, self.budget)
 
     @classmethod
     def from_dict(cls, values: dict) -> "EpochLog":
         "Make the log that `to_dict` wrote. Raises: as `SearchResult.from_dict`."
-        return from_fields(cls, values | {"epochs": tuple(values["epochs"])})
+        own = {"epochs": tuple(values["epochs"]), "budget": _budget_in(values)}
+        return from_fields(cls, values | own)
 
 # %% ../../nbs/search/02_base.ipynb #d74971b5
 SCHEMA_VERSION = 1
@@ -345,6 +385,7 @@ class Past:
     finished: the trials that have ended, in the order of their numbers.
     running: the cells that other processes are on.
     taken: the hashes of all these cells.
+    budget: what every cell must be within; None: any cell may be tried.
     """
     space: SearchSpace
     seed: int
@@ -352,16 +393,24 @@ class Past:
     finished: list[Trial]
     running: list[CellSpec]
     taken: set[str]
+    budget: Budget | None = None
 
     def first_new(self, candidates: Iterable) -> CellSpec | None:
-        """Return the first candidate that nobody has tried.
+        """Return the first candidate that nobody has tried and that is within the budget.
 
-        candidates: cells, of which PATIENCE are looked at.
+        candidates: cells, of which PATIENCE are looked at; within a budget, then as many draws
+            whose dearest operations are replaced until they fit.
         Returns: the cell; if all are known, a random one of the rest of the space, or None.
         """
         for cell in islice(candidates, PATIENCE):
+            if self.budget and not self.budget.fits(cell): continue
             if cell.hash not in self.taken: return cell
-        rest = [cell for cell in self.space if cell.hash not in self.taken]
+        for k in range(PATIENCE if self.budget else 0):
+            draw = self.space.sample(f"{self.seed}/{self.number}/cheapened/{k}")
+            cell = cheapened(draw, self.space, self.budget)
+            if cell.hash not in self.taken: return cell
+        space = within(self.space, self.budget) if self.budget else self.space
+        rest = [cell for cell in space if cell.hash not in self.taken]
         if not rest: return None
         return rest[stream_seed(self.seed, "rest", self.number) % len(rest)]
 

@@ -6,36 +6,33 @@
 __all__ = ['operation_costs', 'training_multiply_adds', 'expected_cost']
 
 # %% ../../nbs/search/01_cost.ipynb #316b98d8
-from functools import cache
+from dataclasses import replace
 
 import torch
 
 from ..attention.formula import ACTIVATIONS
-from ..cells.operations.registry import OPERATIONS, create_operation
-from ..networks.profile import count_flops
+from ..cells.operations.registry import OPERATIONS
+from ..cells.spec import OperationSpec
+from .budget import operation_multiply_adds
 
 # %% ../../nbs/search/01_cost.ipynb #736c4702
-@cache
-def _multiply_adds(dimension: str, kind: str, activation: str, width: int, clip: tuple) -> float:
-    if activation not in OPERATIONS[kind].activations: return 0.0
-    operation = create_operation(dimension, kind, activation, width)
-    return count_flops(operation, (1, width, *clip)) / 2
-
-
-def operation_costs(nodes, width: int, clip) -> torch.Tensor:
+def operation_costs(nodes, width: int, clip, dtype=None) -> torch.Tensor:
     """Count the multiply-adds of one level's nodes.
 
     nodes: n OperationSpecs.
     width: channels of the features.
     clip: (T, H, W) of the features.
+    dtype: of the numbers; default: torch's.
     Returns: (n, 4), each node with each of the ACTIVATIONS; an activation that a node's type does
         not take costs nothing.
     """
-    def costs(node) -> list[float]:
-        return [_multiply_adds(node.dimension, node.type, activation, width, tuple(clip))
-                for activation in ACTIVATIONS]
+    def cost(node: OperationSpec, activation: str) -> float:
+        if activation not in OPERATIONS[node.type].activations: return 0.0
+        decided = replace(node, activation=activation)
+        return float(operation_multiply_adds(decided, width, tuple(clip)))
 
-    return torch.tensor([costs(node) for node in nodes])
+    costs = [[cost(node, name) for name in ACTIVATIONS] for node in nodes]
+    return torch.tensor(costs, dtype=dtype)
 
 # %% ../../nbs/search/01_cost.ipynb #d7d416f6
 def training_multiply_adds(forward: int, trained: int, evaluated: int = 0) -> int:

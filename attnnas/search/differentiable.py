@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SearchConfig', 'insert_supergraphs', 'supergraphs', 'connection_parameters', 'connection_snapshot', 'cost_of',
-           'search_loss', 'with_validation', 'search_trainer', 'result_of', 'differentiable', 'class_counts',
-           'check_scores']
+           'search_loss', 'with_validation', 'search_trainer', 'result_of', 'check_derivable', 'differentiable',
+           'class_counts', 'check_scores']
 
 # %% ../../nbs/search/04_differentiable.ipynb #45058aa2
 import warnings
@@ -23,7 +23,8 @@ from ..core.errors import AttnnasError
 from ..core.hashes import source_hash
 from ..core.options import check, option, to_plain
 from ..cells.fused import FusedSupergraph
-from ..cells.supergraph import TALK, ConnectionWeights, Supergraph, level_nodes
+from ..cells.supergraph import (
+    KEYS, TALK, ConnectionWeights, Supergraph, level_nodes, node_names)
 from ..data.datasets import as_clips, check_trainable
 from ..networks.dry_run import DryRun
 from ..networks.insertion import EXAMPLE, insert, inserted, site_shapes
@@ -33,6 +34,7 @@ from ..networks.sites import REFERENCE, propose_sites
 from ..training.evaluation import Diverged
 from ..training.loop import Scored, Trainer, TrainingConfig, classify
 from .base import EpochLog, SearchResult
+from .budget import BUDGET, BUDGET_IN, Budget, check_budget, search_budget
 from .cost import expected_cost, operation_costs, training_multiply_adds
 
 # %% ../../nbs/search/04_differentiable.ipynb #a15ad20b
@@ -50,18 +52,32 @@ class SearchConfig:
                                    "as they are", choices=("softmax", "free"))
     activations: str = option("mixture", "a node's activation is fixed by its type, or a learnable "
                               "mixture of all four", choices=("fixed", "mixture"))
-    keys: str = option("all", "dot-products compare with all positions, or with keys and values "
-                       "max-pooled 2x2x2 (cheaper)", choices=("all", "pooled"))
+    keys: str = option("all", "dot-products over places compare with all positions, or with keys "
+                       "and values max-pooled 2x2x2 (cheaper); any: the search chooses",
+                       choices=KEYS)
     cost_weight: float = option(0.0, "weight in the loss of a site's expected multiply-adds, in "
                                 "units of its dearest operation", minimum=0, maximum=1000)
     connection_learning_rate: float = option(2e-2, "peak learning rate of the connection weights",
                                              minimum=0, maximum=1e9)
     nodes: tuple = option(TALK, "names of the nodes of a level, such as \"spatial map-based\"")
+    budget: str = option("", BUDGET, added=True)
+    budget_in: str = option("", BUDGET_IN, added=True)
 
     def __post_init__(self):
         object.__setattr__(self, "nodes", tuple(self.nodes))
         check(self)
-        level_nodes(self.nodes, self.activations)
+        check_budget(self.budget, self.budget_in)
+        self.level
+
+    @property
+    def level(self) -> tuple:
+        "The OperationSpec of each node of a level."
+        return level_nodes(self.nodes, self.activations, self.keys)
+
+    @property
+    def pools_keys(self) -> bool:
+        "Whether the search can find a cell that pools keys."
+        return any(node.pool_keys for node in self.level)
 
 # %% ../../nbs/search/04_differentiable.ipynb #9732e047
 def insert_supergraphs(model: nn.Module, config: SearchConfig, sites=None,
@@ -78,7 +94,7 @@ def insert_supergraphs(model: nn.Module, config: SearchConfig, sites=None,
     """
     if isinstance(sites, str) and sites == "auto":
         sites = propose_sites(model, example, cell=replace(REFERENCE, width=config.width))
-    nodes = level_nodes(config.nodes, config.activations)
+    nodes = config.level
 
     def connections() -> ConnectionWeights:
         return ConnectionWeights(config.levels, len(nodes), config.parameterisation,
@@ -89,7 +105,7 @@ def insert_supergraphs(model: nn.Module, config: SearchConfig, sites=None,
     def supergraph(channels: int) -> FusedSupergraph:
         return FusedSupergraph(channels, config.width, config.levels, operations=nodes,
                                connections=shared or connections(),
-                               activations=config.activations, pool_keys=config.keys == "pooled")
+                               activations=config.activations)
 
     return insert(model, supergraph, sites, example)
 
@@ -203,19 +219,33 @@ def search_trainer(model: nn.Module, clips, search: SearchConfig, training: Trai
 
 # %% ../../nbs/search/04_differentiable.ipynb #1ab505be
 def result_of(search: SearchConfig, epochs, seed: int, seconds: dict, multiply_adds: int,
-              provenance: dict) -> SearchResult:
+              provenance: dict, budget: Budget | None = None) -> SearchResult:
     """Make the result of a differentiable search.
 
     search: the options of the search.
     epochs: what its Trainer has logged.
     seed, provenance: as SearchResult has them.
-    seconds, multiply_adds: as EpochLog has them.
+    seconds, multiply_adds, budget: as EpochLog has them.
     """
-    log = EpochLog(tuple(epochs), search.nodes, search.activations, search.width, seconds,
-                   multiply_adds)
+    nodes = node_names(search.level)
+    log = EpochLog(tuple(epochs), nodes, search.activations, search.width, seconds, multiply_adds,
+                   budget)
     return SearchResult(search.method, to_plain(search), seed, log, provenance)
 
 # %% ../../nbs/search/04_differentiable.ipynb #f8c1b914
+def check_derivable(model: nn.Module, search: SearchConfig, budget: Budget | None):
+    """Accept a budget that some derived cells fit.
+
+    model: a network with supergraphs, before the search.
+    search: the options of the search.
+    budget: that of the search; None: any cells fit.
+    Raises: OverBudget where none fit.
+    """
+    if budget is None: return
+    epochs = [{"connections": connection_snapshot(model)}]
+    result_of(search, epochs, 0, {}, 0, {}, budget).cells(alpha=1, beta=1)
+
+# %% ../../nbs/search/04_differentiable.ipynb #86958d2a
 def differentiable(model: nn.Module, clips, search: SearchConfig = SearchConfig(),
                    training: TrainingConfig = TrainingConfig(), sites=None, example=None,
                    **options) -> SearchResult:
@@ -232,7 +262,8 @@ def differentiable(model: nn.Module, clips, search: SearchConfig = SearchConfig(
     options: the other arguments of `Trainer`; `validation` may have any form, too.
     Returns: the result, whose log holds the connection weights.
     Raises: AttnnasError for an unknown site, for clips of one class, and for a network that gives
-        something else than a score for each class; Diverged where the training diverged.
+        something else than a score for each class; OverBudget, before the training, where no cells
+        fit the budget; Diverged where the training diverged.
     Source: talk, "Differentiable search".
     """
     clips = as_clips(clips)
@@ -242,6 +273,8 @@ def differentiable(model: nn.Module, clips, search: SearchConfig = SearchConfig(
     example = shape if example is None else example
     check_scores(model, example, clips)
     insert_supergraphs(model, search, sites, example)
+    budget = search_budget(search, model, list(supergraphs(model)), example)
+    check_derivable(model, search, budget)
     forward = _forward_cost(model, example)
     trainer = search_trainer(model, clips, search, training, **options)
     epochs = trainer.fit()
@@ -251,7 +284,7 @@ def differentiable(model: nn.Module, clips, search: SearchConfig = SearchConfig(
     cost = training_multiply_adds(forward, len(epochs) * len(clips), validated)
     provenance = {"source": source_hash("search.differentiable"), "data": clips.fingerprint,
                   "versions": versions(), "counts": class_counts(clips, trainer.validation)}
-    return result_of(search, epochs, trainer.seed, trainer.seconds, cost, provenance)
+    return result_of(search, epochs, trainer.seed, trainer.seconds, cost, provenance, budget)
 
 # %% ../../nbs/search/04_differentiable.ipynb #36f69d4b
 def class_counts(clips, validation=None) -> dict:

@@ -15,6 +15,7 @@ from ..core.options import check_counts, option
 from ..core.seeds import stream_seed
 from ..cells.space import SearchSpace
 from ..cells.spec import CellSpec
+from .budget import Budget
 from .base import Past, SearchResult
 from .study import BlackBoxConfig, Study, search
 
@@ -50,10 +51,11 @@ class EvolutionConfig(BlackBoxConfig):
 
 
 def evolution(space: SearchSpace, objective: Callable, trials: int = 100, seed: int = 0,
-              journal=None, population: int = 20, tournament: int = 5, **options) -> SearchResult:
+              journal=None, population: int = 20, tournament: int = 5,
+              budget: Budget | None = None, **options) -> SearchResult:
     """Search by regularised evolution; a mutation is one of `SearchSpace.neighbours`.
 
-    space, objective, trials, seed, journal, options: as for `attnnas.search.random.random`.
+    space, objective, trials, seed, journal, budget, options: as for `attnnas.search.random.random`.
     population, tournament: as for `propose`; 20 and 5 suit about a hundred trials [choice].
     Returns: the result, whose log holds the trials.
     Raises: AttnnasError for a population or tournament of none; and as `random`.
@@ -61,5 +63,5 @@ def evolution(space: SearchSpace, objective: Callable, trials: int = 100, seed: 
     """
     settings = {"population": population, "tournament": tournament}
     check_counts(**settings)
-    study = Study("evolution", propose, settings, space, objective, seed)
+    study = Study("evolution", propose, settings, space, objective, seed, budget)
     return search(study, trials, journal, **options)

@@ -17,9 +17,11 @@ from ..data.datasets import as_clips
 from ..training.loop import TrainingConfig
 from .bandit import BanditConfig, bandit
 from .base import SearchResult
+from .budget import Budget, search_budget
 from .differentiable import SearchConfig, class_counts, differentiable
 from .evolution import EvolutionConfig, evolution
 from .objective import CellTraining
+from .pareto import ParetoConfig, pareto
 from .random import RandomConfig, random
 from .study import BlackBoxConfig
 
@@ -40,6 +42,7 @@ METHODS = {
     "random": Method(RandomConfig, random),
     "evolution": Method(EvolutionConfig, evolution),
     "bandit": Method(BanditConfig, bandit),
+    "pareto": Method(ParetoConfig, pareto),
 }
 
 # %% ../../nbs/search/12_methods.ipynb #0c8541df
@@ -72,7 +75,8 @@ def _check_owner(option: str, method: str):
 def black_box(config: BlackBoxConfig, backbone: Callable, clips: ClipSource,
               validation: ClipSource, training: TrainingConfig = TrainingConfig(), sites=None,
               device: str = "cpu", seed: int = 0, journal=None,
-              progress: Callable | None = None, example=None, callbacks=()) -> SearchResult:
+              progress: Callable | None = None, example=None, callbacks=(),
+              budget: Budget | None = None) -> SearchResult:
     """Search the cell for the sites of a backbone by a black-box method.
 
     config: the options of the method; they name it.
@@ -89,9 +93,12 @@ def black_box(config: BlackBoxConfig, backbone: Callable, clips: ClipSource,
     progress: `progress(made, trials)`, called after each trial.
     example: an input of the network, as in `site_shapes`; default: the shape of a clip.
     callbacks: told of each trial, as in `attnnas.search.study.search`.
+    budget: what the cells that are tried are within; default: what the options of the method say,
+        for the sites of the network.
     Returns: the result; its log has the trials, and one cell for all sites.
     Raises: AttnnasError for a configuration of the differentiable search and for an unknown site;
-        AnotherStudy for a journal of a search with other settings; Interrupted when asked to stop.
+        OverBudget where no cell fits the budget; AnotherStudy for a journal of a search with other
+        settings; Interrupted when asked to stop.
     """
     if not isinstance(config, BlackBoxConfig):
         names = [name for name, method in METHODS.items()
@@ -102,8 +109,12 @@ def black_box(config: BlackBoxConfig, backbone: Callable, clips: ClipSource,
     if not sites: sites = tuple(getattr(backbone(len(clips.classes)), "default_sites", ()))
     sites = sites if isinstance(sites, str) else tuple(sites)
     objective = CellTraining(backbone, clips, validation, training, sites, device, example)
+    if budget is None and config.budget:
+        network = backbone(len(clips.classes))
+        budget = search_budget(config, network, objective.sites, objective.example)
     search = METHODS[config.method].search
+    options = config.settings | ({"budget": budget} if budget else {})
     found = search(config.space, objective, config.trials, seed, journal, show=False,
-                   progress=progress, callbacks=callbacks, **config.settings)
+                   progress=progress, callbacks=callbacks, **options)
     counts = class_counts(objective.clips, objective.validation)
     return replace(found, provenance=found.provenance | {"counts": counts})

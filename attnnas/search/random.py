@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..core.options import option
 from ..cells.space import SearchSpace
+from .budget import Budget
 from .base import Past, SearchResult
 from .study import BlackBoxConfig, Study, search
 
@@ -22,7 +23,7 @@ class RandomConfig(BlackBoxConfig):
 
 
 def random(space: SearchSpace, objective: Callable, trials: int = 100, seed: int = 0,
-           journal=None, **options) -> SearchResult:
+           journal=None, budget: Budget | None = None, **options) -> SearchResult:
     """Try `trials` different cells of `space`, drawn uniformly over their descriptions.
 
     space: the cells.
@@ -30,9 +31,10 @@ def random(space: SearchSpace, objective: Callable, trials: int = 100, seed: int
     trials: how many cells are tried.
     seed: decides the cells and the seeds of their trials.
     journal: the path of a file that holds the trials; default: none is kept.
+    budget: what the cells that are tried are within; default: any are tried.
     options: workers, show and progress, see `attnnas.search.study.search`.
     Returns: the result, whose log holds the trials.
     Raises: as `attnnas.search.study.search`.
     """
-    study = Study("random", Past.draw, {}, space, objective, seed)
+    study = Study("random", Past.draw, {}, space, objective, seed, budget)
     return search(study, trials, journal, **options)

@@ -33,9 +33,12 @@ from ..core.hashes import canonical_json, content_hash, source_hash
 from ..core.options import check, check_counts, differences, option
 from ..core.seeds import stream_seed
 from ..core.system import lock_file
+from ..attention.formula import ACTIVATIONS
+from ..cells.operations.base import TYPES
 from ..cells.space import FIXED, SearchSpace
 from ..training.loop import Interrupted
 from ..training.watch import Trials
+from .budget import BUDGET, BUDGET_IN, Budget, check_budget, cheapest_cell
 from .base import (
     EVERY_SITE, SCHEMA_VERSION, Past, SearchResult, Trial, TrialLog, try_cell)
 
@@ -227,6 +230,8 @@ class Study:
     space: where the cells come from.
     objective: `objective(cell, seed)`, see `try_cell`.
     seed: decides the proposals and the seeds of the trials.
+    budget: what the cells that are tried are within; None: any cell of the space is tried.
+    Raises: OverBudget for a budget that no cell of the space fits.
     """
     method: str
     propose: Callable
@@ -234,12 +239,17 @@ class Study:
     space: SearchSpace
     objective: Callable
     seed: int = 0
+    budget: Budget | None = None
+
+    def __post_init__(self):
+        if self.budget: self.budget.require(cheapest_cell(self.space, self.budget))
 
     def to_dict(self) -> dict:
         "Return what stands in the journal's first line."
         identity = {"schema_version": SCHEMA_VERSION, "method": self.method,
                     "settings": self.settings, "space": asdict(self.space), "seed": self.seed,
                     "objective": describe(self.objective)}
+        if self.budget: identity["budget"] = self.budget.to_dict()
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         source = _source(self.propose.__module__, type(self.objective).__module__)
         provenance = {"versions": versions(), "source": source, "started": started}
@@ -252,7 +262,7 @@ class Study:
         made = journal.trials
         finished = [made[n] for n in sorted(made)]
         running = [trial.cell for n, trial in journal.claims.items() if n not in made]
-        past = Past(self.space, self.seed, number, finished, running, journal.taken)
+        past = Past(self.space, self.seed, number, finished, running, journal.taken, self.budget)
         cell = self.propose(past, **self.settings)
         if cell is None: return None
         seed = stream_seed(self.seed, "trial", number) % 2**31
@@ -398,7 +408,8 @@ def search(study: Study, trials: int, journal=None, workers: int = 1, show: bool
             done = work(study, path, trials, report, told=callbacks and told)
     made = tuple(done.trials[number] for number in sorted(done.trials) if number < trials)
     sites = getattr(study.objective, "sites", None) or (EVERY_SITE,)
-    log = TrialLog(study.space, done.study["identity"]["objective"], made, tuple(sites))
+    objective = done.study["identity"]["objective"]
+    log = TrialLog(study.space, objective, made, tuple(sites), study.budget)
     return SearchResult(study.method, study.settings, study.seed, log, done.study["provenance"])
 
 # %% ../../nbs/search/03_study.ipynb #b6513048
@@ -416,15 +427,26 @@ class BlackBoxConfig:
     width: int = option(64, "channels d inside the cells", minimum=1, maximum=2**16)
     activations: str = option("any", "a black-box search chooses any activation, or each type's "
                               "default", choices=("any", "fixed"), added=True)
+    keys: str = option("all", "dot-products compare with all positions; any: the search chooses "
+                       "whether their keys are pooled", choices=("all", "any"), added=True)
+    budget: str = option("", BUDGET, added=True)
+    budget_in: str = option("", BUDGET_IN, added=True)
 
-    def __post_init__(self): check(self)
+    def __post_init__(self):
+        check(self)
+        check_budget(self.budget, self.budget_in)
 
     @property
     def space(self) -> SearchSpace:
         "The space that is searched."
-        if self.activations == "fixed":
-            return SearchSpace(self.operations, self.width, activations=(FIXED,))
-        return SearchSpace(self.operations, self.width)
+        types = TYPES if self.keys == "all" else (*TYPES, "pooled dot-product")
+        activations = (FIXED,) if self.activations == "fixed" else ACTIVATIONS
+        return SearchSpace(self.operations, self.width, types=types, activations=activations)
+
+    @property
+    def pools_keys(self) -> bool:
+        "Whether the search can find a cell that pools keys."
+        return self.keys != "all"
 
     @property
     def settings(self) -> dict:

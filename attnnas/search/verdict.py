@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..cells.cell import AttentionCell
 from ..core.errors import AttnnasError
 from ..networks.insertion import remove, site_shapes
 from ..networks.profile import count_flops
 from ..training.evaluation import Diverged
+from .budget import cell_multiply_adds
 from .base import EVERY_SITE, EpochLog, SearchResult
 from .health import Accuracy, Health, accuracy, health, log_accuracy
 
@@ -54,7 +54,7 @@ def cell_costs(network: nn.Module, cells: dict, example=None) -> tuple[CellCost,
         if site not in shapes:
             raise AttnnasError(f"{type(network).__name__} has no site {site!r}, where the search "
                                "has a cell. Give the network that was searched.")
-        cost = count_flops(AttentionCell(shapes[site][1], cell), shapes[site]) // 2
+        cost = cell_multiply_adds(cell, shapes[site])
         costs.append(CellCost(site, cost, cost / max(whole, 1)))
     return tuple(costs)
 

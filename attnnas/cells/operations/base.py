@@ -67,7 +67,7 @@ class Operation(nn.Module):
     dimensions, activations: the names that it takes; default: all of the talk's.
     projections: names of the linear layers that read the input; `finish` does the rest.
     pairwise: whether it weighs pairs of a query and a key. If so, `weights` takes the queries, and
-        pooled keys mean something.
+        the constructor takes `pool_keys`.
     boxstyle: Matplotlib's style of its box, 30 points high, in the picture of a cell.
     linestyle: Matplotlib's style of its line in a picture of curves.
     taxonomy: the fields of its `Label` in attnnas.visual.taxonomy.
@@ -78,6 +78,7 @@ class Operation(nn.Module):
     activations = ACTIVATIONS
     projections: tuple[str, ...]
     pairwise = False
+    pool_keys = False  # whether keys and values are max-pooled; of a pairwise type, an attribute
     boxstyle = "square,pad=0"
     linestyle = "-"
     taxonomy: dict[str, str]
@@ -93,23 +94,33 @@ class Operation(nn.Module):
             self.mixture_logits = nn.Parameter(logits)
 
     @classmethod
-    def check(cls, dimension: str, activation: str):
-        "Accept the names that the type takes. Raises: AttnnasError for any other."
+    def check(cls, dimension: str, activation: str, pool_keys: bool = False):
+        """Accept what the type takes.
+
+        Raises: AttnnasError for any other name, and for pooled keys of a type that has no keys.
+        """
         choose(dimension, cls.dimensions, "dimension")
         mixture = ("mixture",) if cls.activations == ACTIVATIONS else ()
         choose(activation, (*cls.activations, *mixture), "activation")
+        if type(pool_keys) is not bool:
+            raise AttnnasError(f"pool_keys says whether keys are pooled: True or False; "
+                               f"got {pool_keys!r}.")
+        if pool_keys and not cls.pairwise:
+            raise AttnnasError(f"A {cls.type_name} operation compares no keys that could be "
+                               "pooled. Leave pool_keys out, or choose a dot-product.")
 
     def scaling(self):
         "Return what `activate` takes: the activation's name, or the mixture's four weights."
         return self.mixture_logits.softmax(0) if self.activation == "mixture" else self.activation
 
-    def finish(self, made: torch.Tensor, pool_keys: bool = False) -> torch.Tensor:
+    def finish(self, made: torch.Tensor) -> torch.Tensor:
         """Do all that follows the projections. Every type has its own.
 
         made (B, T, H, W, outputs): the outputs of the layers `projections`, side by side.
-        pool_keys: max-pool keys and values; only a pairwise operation has them.
         Returns: (B, T, H, W, d), which equals `forward`, channels last.
         """
         raise NotImplementedError
 
-    def extra_repr(self): return f"{self.width}, {self.dimension}, {self.activation}"
+    def extra_repr(self):
+        pooled = ", pooled keys" if self.pool_keys else ""
+        return f"{self.width}, {self.dimension}, {self.activation}{pooled}"

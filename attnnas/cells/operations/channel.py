@@ -59,8 +59,8 @@ class SqueezeExcitation(Operation):
         check_features(x, self.width)
         return self._excite(self.value(x).movedim(1, -1)).movedim(-1, 1)
 
-    def finish(self, made: torch.Tensor, pool_keys: bool = False) -> torch.Tensor:
-        "Excite the value (B, T, H, W, d) by its own mean; it has no keys to pool."
+    def finish(self, made: torch.Tensor) -> torch.Tensor:
+        "Excite the value (B, T, H, W, d) by its own mean."
         return made * self._excite(made)
 
     def _excite(self, value: torch.Tensor) -> torch.Tensor:

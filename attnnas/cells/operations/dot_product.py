@@ -21,8 +21,10 @@ class DotProductAttention(Operation):
     by P.
 
     width, dimension, activation: as in Operation.
+    pool_keys: max-pool keys and values to half the size of each attended axis; P is then the number
+        of pooled positions.
     Raises: AttnnasError for unknown names or a wrong shape.
-    Source: talk; projections and folding [choice].
+    Source: talk; projections and folding [choice]; pooled keys: Wang et al. 2018, section 3.3.
     """
     type_name = "dot-product"
     default_activation = "softmax"
@@ -36,8 +38,10 @@ class DotProductAttention(Operation):
         "compatibility": "scaled dot product", "scaling": "any of four"}
 
     def __init__(self, width: int, dimension: str, activation: str = default_activation,
-                 device=None, dtype=None):
+                 pool_keys: bool = False, device=None, dtype=None):
         super().__init__(width, dimension, activation, device, dtype)
+        self.pool_keys = pool_keys
+        self.attended_axes = {"spatial": (3, 4), "temporal": (2,)}.get(dimension, (2, 3, 4))
         factory = {"device": device, "dtype": dtype}
         self.query = nn.Linear(width, width, **factory)
         self.key = nn.Linear(width, width, **factory)
@@ -45,6 +49,9 @@ class DotProductAttention(Operation):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_features(x, self.width)
+        if self.pool_keys:
+            made = [layer(x.movedim(1, -1)) for layer in (self.query, self.key, self.value)]
+            return self.finish(torch.cat(made, -1)).movedim(-1, 1)
         folded = fold(x, self.dimension)
         q, k, v = (layer(folded).flatten(2) for layer in (self.query, self.key, self.value))
         return unfold(attend(q, k, v, self.scaling()), self.dimension, x.shape)
@@ -53,21 +60,39 @@ class DotProductAttention(Operation):
         """Return rows of the attention matrix of x (B, d, T, H, W).
 
         queries (Q,): the positions that ask, counted in (T, H, W) order.
-        Returns: (B, Q, P).
+        Returns: (B, Q, P) for all positions P; those of a pooled key share its weight equally.
         """
         check_features(x, self.width)
         folded = fold(x, self.dimension)
         q = self.query(folded[:, queries]).flatten(2)
-        k = self.key(folded).flatten(2)
-        return attention_weights(q, k, self.scaling())
+        if not self.pool_keys:
+            k = self.key(folded).flatten(2)
+            return attention_weights(q, k, self.scaling())
+        pooled = self._pooled(self.key(x.movedim(1, -1)))
+        (k,) = self._folded(pooled)
+        weights = attention_weights(q, k, self.scaling())
+        return self._shared(weights, pooled.movedim(-1, 1).shape, x.shape)
 
-    def finish(self, made: torch.Tensor, pool_keys: bool = False) -> torch.Tensor:
-        "Attend with query, key and value; `pool_keys` halves the attended axes of key and value."
+    def _pooled(self, y: torch.Tensor) -> torch.Tensor:
+        "Max-pool (B, T, H, W, channels) by two along the attended axes; a last odd one stays."
+        size = [2 if axis in self.attended_axes else 1 for axis in (2, 3, 4)]
+        return F.max_pool3d(y.movedim(-1, 1), size, ceil_mode=True).movedim(1, -1)
+
+    def _shared(self, weights: torch.Tensor, pooled, whole) -> torch.Tensor:
+        "Spread weights (B, Q, pooled positions) of pooled keys over the positions pooled to them."
+        weights = weights.unflatten(-1, [pooled[axis] for axis in self.attended_axes])
+        for place, axis in enumerate(self.attended_axes, 2):
+            key = torch.arange(whole[axis], device=weights.device) // 2
+            share = 1 / key.bincount()[key].to(weights.dtype)
+            after = [1] * (weights.ndim - place - 1)
+            weights = weights.index_select(place, key) * share.view(-1, *after)
+        return weights.flatten(2)
+
+    def finish(self, made: torch.Tensor) -> torch.Tensor:
+        "Attend with query, key and value, of which the latter two may be pooled."
         b, t, h, w, _ = made.shape
         query, key_value = made.split([self.width, 2 * self.width], -1)
-        if pool_keys and self.dimension != "temporal":
-            size = (2 if self.dimension == "spatiotemporal" else 1, 2, 2)
-            key_value = F.max_pool3d(key_value.movedim(-1, 1), size, ceil_mode=True).movedim(1, -1)
+        if self.pool_keys: key_value = self._pooled(key_value)
         (q,) = self._folded(query)
         k, v = self._folded(key_value)
         attended = attend(q, k, v, self.scaling())

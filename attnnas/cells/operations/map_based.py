@@ -62,8 +62,8 @@ class MapAttention(Operation):
         check_features(x, self.width)
         return self._map(self.reduce(x))
 
-    def finish(self, made: torch.Tensor, pool_keys: bool = False) -> torch.Tensor:
-        "Make the map from the reduction, and multiply the value with it; it has no keys to pool."
+    def finish(self, made: torch.Tensor) -> torch.Tensor:
+        "Make the map from the reduction, and multiply the value with it."
         value, hidden = made.split([self.width, made.shape[-1] - self.width], -1)
         return value * self._map(hidden.movedim(-1, 1)).movedim(1, -1)
 

@@ -21,9 +21,14 @@ OPERATIONS = {
 
 
 def create_operation(dimension: str, type: str, activation: str, width: int,
-                     device=None, dtype=None) -> Operation:
+                     device=None, dtype=None, pool_keys: bool = False) -> Operation:
     """Make the operation of that dimension, type and activation on `width` channels.
 
-    Raises: AttnnasError naming the near miss of an unknown name.
+    pool_keys: whether keys and values are max-pooled; only a pairwise type has them.
+    Raises: AttnnasError naming the near miss of an unknown name, and for pooled keys of a type
+        without keys.
     """
-    return choose(type, OPERATIONS, "type")(width, dimension, activation, device, dtype)
+    kind = choose(type, OPERATIONS, "type")
+    kind.check(dimension, activation, pool_keys)
+    options = {"pool_keys": True} if pool_keys else {}
+    return kind(width, dimension, activation, device=device, dtype=dtype, **options)
