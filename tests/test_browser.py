@@ -17,7 +17,7 @@ from browser import Browser
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = (390, 1400)  # a telephone's, a desk's
-PAGES = ("nbs/index.html", "nbs/howto/00_quickstart.html", "nbs/paper/table_1_composed.html", "nbs/cells/03_cell.html")
+PAGES = ("index.html", "howto/00_quickstart.html", "paper/table_1_composed.html", "cells/03_cell.html", "howto/10_play.html")
 pytestmark = pytest.mark.slow
 
 
@@ -53,8 +53,7 @@ def check_page(browser, url: str):
 
 @pytest.mark.parametrize("path", PAGES)
 def test_pages_of_the_site(browser, site, path):
-    place = path if urllib.request.urlopen(f"{site}/index.html") and path.startswith("nbs") else path
-    check_page(browser, f"{site}/{place}")
+    check_page(browser, f"{site}/{path}")
 
 
 def test_report(browser, tmp_path):
