@@ -1,4 +1,5 @@
 """A page in Debian's chromium, over its debugging protocol."""
+import base64
 import json
 import os
 import shutil
@@ -83,7 +84,7 @@ class Page:
     def until(self, script: str, seconds: float = 120):
         "Wait until an expression is true."
         end = time.monotonic() + seconds
-        while not self.ask(script):
+        while not self.ask(f"!!({script})"):
             assert time.monotonic() < end, f"not within {seconds} s: {script}"
             time.sleep(.2)
 
@@ -92,14 +93,14 @@ class Page:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def key(self, name: str):
-        for kind in ("keyDown", "keyUp"): self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=39)
+        number = {"ArrowLeft": 37, "ArrowRight": 39}[name]
+        for kind in ("keyDown", "keyUp"): self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=number)
 
     def resize(self, width: int):
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
 
     def picture(self, path):
         "Save what the page shows, to be looked at."
-        import base64
         Path(path).write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
     @property

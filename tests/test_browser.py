@@ -1,11 +1,13 @@
 """What a reader and a user see in a real browser: the site, the report, JupyterLab, and pictures that react."""
 import functools
 import http.server
+import json
 import os
 import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from pathlib import Path
 
@@ -79,18 +81,22 @@ def lab(tmp_path_factory):
     server.wait(30)
 
 
-CELLS = "window.jupyterapp.shell.currentWidget.content.widgets.filter(w => w.model.type == 'code')"
+# A page without a window has no focus, so that JupyterLab's "current widget" is none.
+PANEL = "[...window.jupyterapp.shell.widgets('main')].find(w => w.sessionContext)"
+CELLS = f"{PANEL}.content.widgets.filter(w => w.model.type == 'code')"
 
 
 def open_notebook(browser, lab, path: str):
     "Open a notebook in JupyterLab, with a kernel."
     for _ in range(300):
         try: urllib.request.urlopen(f"{lab[0]}/api", timeout=5)
-        except OSError: __import__("time").sleep(.2)
+        except OSError: time.sleep(.2)
         else: break
     page = browser.open(f"{lab[0]}/lab/tree/{path}?reset")
     page.until("window.jupyterapp && document.querySelector('.jp-Notebook')")
-    page.until("window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status == 'idle'")
+    page.until(f"{PANEL}?.sessionContext.session?.kernel?.status == 'idle'")
+    page.ask(f"window.jupyterapp.shell.activateById({PANEL}.id)")
+    page.ask(f"{PANEL}.content.activate()")
     return page
 
 
@@ -112,7 +118,7 @@ def test_the_quickstart_runs_in_lab_and_leaves_its_text_alone(browser, lab):
     page = open_notebook(browser, lab, "nbs/howto/00_quickstart.ipynb")
     run_all(page, 300)
     assert page.broken_images == [] and page.elsewhere == []
-    page.ask("window.jupyterapp.commands.execute('docmanager:save')")
+    page.ask(f"{PANEL}.context.save()")
     changed = subprocess.run(["git", "-c", "safe.directory=*", "status", "--porcelain"], cwd=lab[1], capture_output=True, text=True).stdout
     assert set(changed.split()) <= {"M", "nbs/howto/00_quickstart.ipynb"}, "outputs that vary are the only change"
 
@@ -120,10 +126,16 @@ def test_the_quickstart_runs_in_lab_and_leaves_its_text_alone(browser, lab):
 def test_pictures_react_to_a_slider_and_a_click(browser, lab):
     page = open_notebook(browser, lab, "nbs/howto/10_play.ipynb")
     run_all(page, 300)
-    page.until("document.querySelectorAll('.jp-OutputArea img').length >= 3")
-    sources = "[...document.querySelectorAll('.widget-vbox img')].map(i => i.src)"
-    before = page.ask(sources)
+    pictures = "[...document.querySelectorAll('.widget-vbox img')].map(i => i.src)"
+    page.until(f"{pictures}.length == 3")
+    before = page.ask(pictures)
     page.ask("(h => {h.scrollIntoView({block: 'center'}); h.focus()})(document.querySelector('.widget-vbox .noUi-handle'))")
-    page.key("ArrowRight")
-    page.until(f"JSON.stringify({sources}) != {__import__('json').dumps(__import__('json').dumps(before, separators=(',', ':')))}", 60)
+    page.key("ArrowLeft")
+    page.until(f"{pictures}.some((source, k) => source != {json.dumps(before)}[k])")
+    after = page.ask(pictures)
+    assert [a != b for a, b in zip(before, after)] == [False, True, False], "alpha is the second picture's"
+    box = page.ask("""(i => {i.scrollIntoView({block: 'center'}); const b = i.getBoundingClientRect();
+                      return [b.x, b.y, b.width, b.height]})([...document.querySelectorAll('.widget-vbox img')][2])""")
+    page.click(box[0] + box[2] * .1, box[1] + box[3] * .55)
+    page.until(f"{pictures}[2] != {json.dumps(after[2])}")
     assert page.elsewhere == []

@@ -32,7 +32,7 @@ def test_every_control_draws_again(picture, drawn):
     assert drawn == [{"count": 4, "colour": "red", "wide": False}] and shown.controls["count"].max == 6
     before = shown.picture.html
     shown.controls["count"].value = 6
-    assert shown.picture.html != before and before.startswith('<img src="data:image/png;base64,')
+    assert shown.picture.html != before and before.startswith("<img") and "data:image/png;base64," in before
     shown.controls["colour"].value, shown.controls["wide"].value = "blue", True
     assert drawn[-1] == {"count": 6, "colour": "blue", "wide": True} and len(drawn) == 4
     assert not plt.get_fignums(), "figures pile up"

@@ -29,7 +29,8 @@ class Click(NamedTuple):
 def as_html(shown) -> str:
     "Return a figure, a table or a text as HTML."
     if hasattr(shown, "savefig"):
-        return f'<img src="data:image/png;base64,{base64.b64encode(as_png(shown)).decode()}">'
+        source = f"data:image/png;base64,{base64.b64encode(as_png(shown)).decode()}"
+        return f'<img style="max-width: 100%" src="{source}">'
     if hasattr(shown, "to_html"): return shown.to_html(index=False)
     return f"<pre>{html.escape(str(shown))}</pre>"
 
