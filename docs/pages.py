@@ -15,6 +15,7 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
 sys.path.insert(0, str(Path(__file__).parent))
+import api
 from notebooks import ATTRIBUTE, ROOT, read_notebook, relink
 
 HEADING = re.compile(r'<h([1-6]) id="([^"]+)">(.*?)<a class="anchor-link"', re.S)
@@ -44,24 +45,27 @@ def on_config(config):
     config.nav = [{"attnnas": "index.md"}]
     config.nav += [{room: pages_of(path for path in read_in_order() if room in path.parts)} for room in rooms]
     config.nav.append({"tables and figures": pages_of(sorted((ROOT / "nbs/paper").glob("*.ipynb")))})
+    config.nav.append({"API": [{room: f"api/{room}.md"} for room in api.rooms()]})
     linked.clear()
     return config
 
 
 def on_files(files, config):
-    "Each notebook becomes a page, whose content on_page_content fills in."
+    "Each notebook becomes a page, whose content on_page_content fills in; each room has a page of its API."
     pages = [File.generated(config, path.relative_to(ROOT / "nbs").with_suffix(".md").as_posix(), content="")
              for path in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts]
+    pages += [File.generated(config, f"api/{room}.md", content=api.page(room, modules)) for room, modules in api.rooms().items()]
     style = File.generated(config, "site.css", abs_src_path=str(ROOT / "docs/site.css"))
     return Files([*(file for file in files if not file.src_uri.endswith(".ipynb")), *pages, style])
 
 
 def on_page_markdown(markdown, page, config, files):
-    page.meta["title"] = title(notebook_of(page))
+    if is_lesson(page): page.meta["title"] = title(notebook_of(page))
     return markdown
 
 
 def on_page_content(content, page, config, files):
+    if not is_lesson(page): return content
     notebook, folder = notebook_of(page), Path("nbs", page.file.src_uri).parent.as_posix()
     body, _ = exporter().from_notebook_node(read_notebook(notebook))
     body = re.sub(r"<pre><span></span>(.*?)</pre>", r"<pre><span></span><code>\1</code></pre>", body, flags=re.S)
@@ -96,6 +100,9 @@ def read_in_order() -> list:
 def pages_of(paths) -> list:
     "Entries of the menu for notebooks."
     return [{title(path): path.relative_to(ROOT / "nbs").with_suffix(".md").as_posix()} for path in paths]
+
+
+def is_lesson(page) -> bool: return not page.file.src_uri.startswith("api/")
 
 
 def notebook_of(page) -> Path: return (ROOT / "nbs" / page.file.src_uri).with_suffix(".ipynb")

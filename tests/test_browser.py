@@ -19,7 +19,8 @@ from browser import Browser
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = (390, 1400)  # a telephone's, a desk's
-PAGES = ("index.html", "howto/00_quickstart.html", "paper/table_1_composed.html", "cells/03_cell.html", "howto/10_play.html")
+PAGES = ("index.html", "howto/00_quickstart.html", "paper/table_1_composed.html", "cells/03_cell.html", "howto/10_play.html",
+         "api/search.html")
 pytestmark = pytest.mark.slow
 
 
