@@ -326,3 +326,21 @@ def test_make_reproduce_passes_on_what_was_asked_for_and_nothing_else():
     assert not re.search("--template|--fresh|--workers", plain)
     asked = make("--dry-run", "reproduce", "TIER=smoke", "RESULTS=there", "TEMPLATE=table_1", "FRESH=1", "WORKERS=3")
     assert re.search(r'--tier smoke --results "there" --device auto.*--template "table_1" --fresh --workers 3', asked, re.S)
+
+
+def test_the_quickstart_installs_the_package_where_it_is_missing():
+    "If this fails, who opens it in Colab or Binder sees an error in its first cell."
+    import builtins
+    installed_by = []
+
+    class Shell:
+        def run_line_magic(self, *what): installed_by.append(what)
+
+    def find(name, *rest):
+        if name == "attnnas" and not installed_by: raise ModuleNotFoundError(name)
+        return __import__(name, *rest)
+
+    first = next(cell.source for cell in cells_of(ROOT / "nbs/howto/00_quickstart.ipynb") if cell.cell_type == "code")
+    exec(first, {"get_ipython": Shell, "__builtins__": vars(builtins) | {"__import__": find}})
+    (magic, line), = installed_by
+    assert magic == "pip" and f"'attnnas[notebooks] @ git+{settings()['git_url']}'" in line
