@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from attnnas.core.devices import device_name
 from attnnas.data.annotations import DATASETS
@@ -109,7 +110,7 @@ def main():
                                       capture_output=True, text=True).stdout
                 found += [{"rows": rows} | step for step in json.loads(told)]
     table = pd.DataFrame(found).groupby(["rows", "step"], sort=False).min().reset_index()
-    table["device"] = device_name("cpu")
+    table["device"] = device_name(torch.device("cpu"))
     table.to_csv(args.output, index=False, float_format="%.4g")
     print(table.to_string())
     if len(set(args.rows)) < 2: return
