@@ -17,7 +17,7 @@ from .archives import left_over, locate
 from .layout import VIDEOS, files_below, names_split, open_manifest
 from .manifest import COLUMNS, LeftOut, Manifest, Row, is_manifest
 from .matching import Listed
-from .text import column_names, read_table
+from .text import column_names, iterate_table
 
 # %% ../../nbs/data/20_lists.ipynb #c76aff52
 def listed_manifest(table, folder=None, endings: tuple = VIDEOS) -> Manifest:
@@ -97,8 +97,8 @@ def table_of(folder, endings: tuple = VIDEOS, beside: bool = True) -> Path | Non
 
 
 def _header(path: Path) -> list:
-    rows = read_table(path, COLUMNS)
-    return column_names(rows[0].cells) if rows else []
+    header = next(iterate_table(path, COLUMNS), None)
+    return column_names(header.cells) if header else []
 
 
 def is_prepared(place) -> bool:

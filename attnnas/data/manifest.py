@@ -14,6 +14,7 @@ import io
 import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -24,13 +25,13 @@ from torch import Tensor
 from ..core.errors import AttnnasError
 from ..core.files import read_json, write_atomic, write_json
 from ..core.hashes import content_hash
-from .text import alike_form, class_name, column_names, read_table, well_formed
+from .text import alike_form, class_name, column_names, iterate_table, well_formed
 
 # %% ../../nbs/data/10_manifest.ipynb #a8a4af94
 READABLE = ("ok", "unchecked")      # the statuses of rows that are not lost
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """A listed video.
 
@@ -276,14 +277,15 @@ def is_manifest(names: list) -> bool:
 
 def _read_rows(path: Path):
     "Yield the rows of a .csv. Raises: AttnnasError that names file and line."
-    header, *lines = read_table(path, COLUMNS) or [None]
+    lines = iterate_table(path, COLUMNS)
+    header = next(lines, None)
     names = column_names(header.cells) if header else []
     while names and not names[-1]: names.pop()              # a spreadsheet may add empty columns
     if not is_manifest(names):
         expected = ", ".join(list(COLUMNS)[:-1])
         raise AttnnasError(f"{path} is no manifest: its columns are "
                            f"{', '.join(names[:12]) or 'none'}; expected {expected}.")
-    kinds = [COLUMNS[name] for name in names]
+    kinds = [_kind(name) for name in names]
     for number, cells in lines:
         short = len(cells) < len(names)
         if short or any(cells[len(names):]):
@@ -292,6 +294,12 @@ def _read_rows(path: Path):
         try: yield Row(*[kind(cell) for kind, cell in zip(kinds, cells)])
         except ValueError as error:
             raise AttnnasError(f"{path}, line {number}: {error}.") from None
+
+# %% ../../nbs/data/10_manifest.ipynb #fc695aa1
+def _kind(name: str):
+    "Return what reads a cell of a column. What many rows say, such as a class, is held once."
+    if name in ("path", "hash"): return COLUMNS[name]
+    return lru_cache(2**14)(COLUMNS[name])
 
 # %% ../../nbs/data/10_manifest.ipynb #f26bc4e6
 def _alike(names: list, form) -> list:
