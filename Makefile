@@ -43,7 +43,7 @@ docs: .venv/installed-docs  ## Build the documentation site into _docs/
 	@echo "Open _docs/index.html; with search: $(BIN)/python -m http.server -d _docs"
 
 bench: .venv/installed  ## Measure against peers: the scripts in benchmarks/, but for those that take hours
-	@for script in $(filter-out benchmarks/tabular.py benchmarks/planted.py benchmarks/ladder.py benchmarks/dilution.py benchmarks/starts.py,$(wildcard benchmarks/*.py)); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+	@for script in $(filter-out benchmarks/tabular.py benchmarks/planted.py benchmarks/ladder.py benchmarks/dilution.py benchmarks/starts.py benchmarks/afforded.py,$(wildcard benchmarks/*.py)); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
 clean:  ## Remove what builds and tests leave behind; .venv and results stay
 	rm -rf build dist _docs .pytest_cache *.egg-info

@@ -202,6 +202,7 @@ def test_shares_are_compared_exactly_and_corrected_together():
 def test_found_cells_are_named_with_what_they_solved():
     cell = chain(SPATIAL, TEMPORAL)
     assert in_words(cell) == "spatial dot-product, then temporal dot-product"
+    assert in_words(chain(SPATIAL, dataclasses.replace(TEMPORAL, pool_keys=True))) == "spatial dot-product, then temporal pooled dot-product"
     sentence, = found_sentences([row("derived cell", [100., 50., 99.], cell), row("random cell", [50.], cell)])
     assert "3 searches found spatial dot-product, then temporal dot-product (2 of 3 solved it)" in sentence
 

@@ -63,7 +63,7 @@ def solved(row: Row) -> tuple[int, int]:
 
 def in_words(cell: CellSpec) -> str:
     "Return a cell as a reader says it: its operations in order, where each reads the last one."
-    names = [f"{operation.dimension} {operation.type}" for operation in cell.operations]
+    names = [f"{operation.dimension} {operation.kind}" for operation in cell.operations]
     is_chain = cell.inputs == tuple((k,) for k in range(len(names)))
     return ", then ".join(names) if is_chain and len(cell.outputs) == 1 else str(cell)
 
