@@ -165,3 +165,13 @@ def test_a_full_disk_is_named_and_finished_runs_stay(made, tmp_path):
 def test_the_console_script_is_installed():
     found = subprocess.run([Path(sys.executable).with_name("attnnas"), "--version"], capture_output=True, text=True)
     assert found.returncode == 0 and found.stdout.strip()
+
+
+@pytest.mark.parametrize("words", [["list", "models"], ["doctor", "--plan"]])
+def test_a_reader_that_has_seen_enough_is_no_error(words):
+    "As `attnnas list models | head -1`; the first one fits into the pipe's buffer, the other is written line by line."
+    command = [sys.executable, "-c", "import sys; from attnnas.cli.main import main; sys.exit(main())", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    told = process.stderr.read()
+    assert (process.wait(120), told) == (0, "")

@@ -88,7 +88,7 @@ def test_files_nested_without_end(text, depth, tmp_path):
 # ---- fuzzing
 
 JUNK = [None, True, False, -1, 0, 1, 2, 10**30, 1.0, 0.5, float("nan"), "", "0", "relu", "temporal", "softmaxx",
-        [], {}, [[]], [0], [0, 1], [[0]], {"0": 0}, dict(vars(A)), ["map-based"]]
+        [], {}, [[]], [0], [0, 1], [[0]], {"0": 0}, dict(first), ["map-based"]]
 FIELDS = ["schema_version", "operation", "inputs", "outputs", "width", "dimension", "type", "activation"]
 
 

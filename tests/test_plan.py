@@ -144,7 +144,8 @@ def test_the_paper_tier_waits_for_its_searches(paper):
     assert math.isclose(simulate(jobs, MANY, 1, CALM).hours, longest_path(jobs))
 
 
-def test_doctor_prints_a_plan_of_100_columns_and_its_assumptions(capsys):
+def test_doctor_prints_a_plan_of_100_columns_and_its_assumptions(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     assert cli.main(["doctor", "--plan", "--gpus", "1", "512", "--failures-per-1000-gpu-hours", "0"]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 100

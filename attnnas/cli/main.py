@@ -8,6 +8,7 @@ __all__ = ['COMMANDS', 'parser', 'main']
 # %% ../../nbs/cli/09_main.ipynb #71b6bb2c
 import argparse
 import importlib.metadata
+import os
 import sys
 import warnings
 
@@ -59,6 +60,7 @@ def main(argv=None) -> int:
     try:
         check_system()
         code = args.run(args)
+        sys.stdout.flush()  # a reader that has gone is noticed here
     except AttnnasError as error:
         print(f"attnnas {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -66,5 +68,8 @@ def main(argv=None) -> int:
         print(f"attnnas {args.command}: stopped. Finished runs are kept; the same command "
               "continues.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush
+        return 0
     finally: warnings.formatwarning = before
     return code or 0

@@ -107,16 +107,17 @@ def place_of(path: str) -> Place:
 class Assumptions:
     "What the plan assumes beside the measured steps, and where each number is from."
     failures: float = option(1., "failures in 1,000 GPU hours [choice]; Llama 3 counted 419 in 54 "
-                             "days of 16,384 GPUs, which is 0.02", minimum=0)
-    restart: float = option(.25, "hours from a failure until its run goes on [choice]", minimum=0)
+                             "days of 16,384 GPUs, which is 0.02", minimum=0, maximum=1e6)
+    restart: float = option(.25, "hours from a failure until its run goes on [choice]", minimum=0,
+                            maximum=1e6)
     most: int = option(8, "GPUs that may share a run: a batch of 64 in parts of 8 clips, as "
-                       "measured", minimum=1)
+                       "measured", minimum=1, maximum=10**6)
     efficiency: float = option(.9, "speed of a run on k > 1 GPUs, divided by k [choice]; not "
                                "measured", minimum=.01, maximum=1)
     video: float = option(0., "KiB a second of video: H.264 of 340 x 256 at 25 frames a second, "
-                          "generated (results/bench/decoding.csv)", minimum=0)
+                          "generated (results/bench/decoding.csv)", minimum=0, maximum=1e9)
     flow: float = option(0., "KiB a second of flow: JPEG (results/bench/flow.csv), scaled to 340 x "
-                         "256 and 25 frames a second", minimum=0)
+                         "256 and 25 frames a second", minimum=0, maximum=1e9)
 
     def __post_init__(self): check(self)
 
